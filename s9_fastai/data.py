@@ -123,4 +123,6 @@ def cifar_dls(
         if isinstance(v, bool) or not isinstance(v, int) or v < least: raise ValueError(f'{nm} is {v!r}, but must be a whole number of at least {least}')
     data = load_cifar(path, cache_dir=cache_dir)
     items = range(len(data.train.labels) + len(data.test.labels))
-    return cifar_block(data, policy).dataloaders(items, bs=bs, seed=seed, num_workers=num_workers, device=device, drop_last=False)
+    dls = cifar_block(data, policy).dataloaders(items, bs=bs, seed=seed, num_workers=num_workers, device=device, drop_last=False)
+    dls.data_source, dls.data_key = data.source, data.key  # so that a run can say what it was trained on
+    return dls

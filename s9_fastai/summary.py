@@ -122,7 +122,7 @@ class _Trace(TorchFunctionMode):
         macs = self.macs - start - sum(r.macs for r in self.rows[first:])  # less what the modules inside it did
         own = [p for p in m.parameters(recurse=False) if id(p) not in self.seen]
         self.seen.update(map(id, own))
-        if macs or own or not any(True for _ in m.children()): self._add_row(m, _tensors(out), own, macs)
+        if macs or own or not [*m.children()]: self._add_row(m, _tensors(out), own, macs)
 
     def _add_row(self, m, outs, own, macs):
         field = self.fields.get(outs[0]) if outs else None

@@ -104,8 +104,8 @@ def prepare(
         dls = cifar_dls(data, recipe.bs, recipe.policy, seed=seed, num_workers=workers, device=device)
         run_dir = new_run_dir(out, recipe_name)
     except (ValueError, OSError) as e: raise BadInput(str(e)) from e
-    write_json(run_dir/'recipe.json', {'name': recipe_name, **asdict(recipe), 'seed': seed, 'data': dls.source, 'workers': workers,
-                                       'device': str(device), **environment()})
+    write_json(run_dir/'recipe.json', {'name': recipe_name, **asdict(recipe), 'seed': seed, 'data': dls.data_source,
+                                       'data_key': dls.data_key, 'workers': workers, 'device': str(device), **environment()})
     return s9_learner(dls, recipe, run_dir), run_dir
 
 # %% ../nbs/10_train.ipynb #30309c64
