@@ -17,7 +17,7 @@ from fastai.vision.core import PILBase, PILMask, TensorImage, TensorImageBase, T
 from fasttransform import ItemTransform
 
 import albumentations as A, cv2  # after fastai, whose star import would bring another A
-from .cifar import MEAN
+from .layouts import MEAN
 
 # %% ../nbs/01_augment.ipynb #6b9e050d
 def item_seed(
