@@ -9,6 +9,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                            's9_fastai/augment.py'),
                                    's9_fastai.augment.AlbumentationsTransform.__repr__': ( 'augment.html#albumentationstransform.__repr__',
                                                                                            's9_fastai/augment.py'),
+                                   's9_fastai.augment.AlbumentationsTransform.__setstate__': ( 'augment.html#albumentationstransform.__setstate__',
+                                                                                               's9_fastai/augment.py'),
                                    's9_fastai.augment.AlbumentationsTransform._adopt': ( 'augment.html#albumentationstransform._adopt',
                                                                                          's9_fastai/augment.py'),
                                    's9_fastai.augment.AlbumentationsTransform._item': ( 'augment.html#albumentationstransform._item',

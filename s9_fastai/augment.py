@@ -36,8 +36,7 @@ item_key = ContextVar('item_key', default=None)
 class KeyedRandom:
     "A numpy and a Python random generator that start afresh at each `rekey`"
     def __init__(self):
-        self.bits, self.py = np.random.Philox(0), random.Random(0)
-        self.np = np.random.Generator(self.bits)
+        self.np, self.py = np.random.Generator(np.random.Philox(0)), random.Random(0)
 
     def rekey(self,
         key:int|None=None, # Up to 128 bits; None: `item_key`, and where that is None too, 128 bits from Python's `random`
@@ -46,7 +45,7 @@ class KeyedRandom:
         if key is None: key = item_key.get()
         if key is None: key = random.getrandbits(128)
         # a new state in place costs 2 us, a new generator 14
-        self.bits.state = dict(bit_generator='Philox', buffer=np.zeros(4, np.uint64), buffer_pos=4, has_uint32=0, uinteger=0, state=dict(
+        self.np.bit_generator.state = dict(bit_generator='Philox', buffer=np.zeros(4, np.uint64), buffer_pos=4, has_uint32=0, uinteger=0, state=dict(
             counter=np.zeros(4, np.uint64), key=np.array([key & (2**64 - 1), key >> 64], np.uint64)))
         self.py.seed(key)
 
@@ -130,9 +129,12 @@ class AlbumentationsTransform(ItemTransform):
         valid:A.BaseCompose|None=None, # For validation, test and prediction; None: they stay as they are
     ):
         super().__init__()
-        cv2.setNumThreads(0)  # its threads cost more than they bring on small images, and may hang in a forked worker
         self.rng = KeyedRandom()
-        self.train, self.valid = self._adopt(train), self._adopt(valid)
+        self.__setstate__(dict(train=self._adopt(train), valid=self._adopt(valid)))
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        cv2.setNumThreads(0)  # its threads cost more than they bring on small images, and may hang in a forked worker
 
     def _adopt(self, pipe):
         "A checked copy of `pipe` that draws from our generators"
