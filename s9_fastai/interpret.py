@@ -42,7 +42,7 @@ _columns = ['epoch', 'train_loss', 'valid_loss', 'train_accuracy', 'valid_accura
 
 def read_history(
     history, # Path of a `history.csv`, or a DataFrame with the same columns
-)->pd.DataFrame: # float64, a row an epoch: epoch from 1, losses, accuracies (0 to 1), learning rate; NaN for what is not finite
+)->pd.DataFrame: # float64, a row an epoch: losses, accuracies (0 to 1), learning rate; NaN for what is not finite
     "The curves' columns of `history`; FileNotFoundError or ValueError where there is none that can be drawn"
     name, df = ('history', history) if isinstance(history, pd.DataFrame) else (history, None)
     if df is None and not Path(name).is_file():
@@ -51,7 +51,7 @@ def read_history(
         if df is None: df = pd.read_csv(name)
         df = df[_columns].astype(float)
     except (ValueError, KeyError) as e:
-        raise ValueError(f'{name}: not a history ({e}); the columns {", ".join(_columns)} must be there, all numbers') from e
+        raise ValueError(f'{name}: not a history ({e}); it needs {", ".join(_columns)} in numbers') from e
     if df.empty: raise ValueError(f'{name}: no epoch in it; it needs at least 1, so train first')
     return df.replace([math.inf, -math.inf], math.nan)
 
@@ -61,37 +61,39 @@ _blue, _orange, _grey = '#0072B2', '#D55E00', '#4D4D4D'
 def _draw_pair(ax, df, col, scale=1):
     "The column `col` of both sets, times `scale`"
     for part, nm, c in (('train', 'training', _blue), ('valid', 'validation', _orange)):
-        ax.plot(df.epoch, scale*df[f'{part}_{col}'], '.-', color=c, label=nm, lw=1.4, ms=4)
+        ax.plot(df.epoch, scale*df[f'{part}_{col}'], '.-', color=c, label=nm, lw=1.4, ms=4 if len(df) > 30 else 8)
 
 def _draw_end(ax, df):
-    "A ring around the last validation accuracy, if there is one, with its value in the legend"
+    "A ring around the last validation accuracy, if there is one, with its value as label"
     x, y = df.epoch.iloc[-1], 100*df.valid_accuracy.iloc[-1]
     if math.isnan(y): return
-    ax.plot(x, y, 'o', color=_orange, mfc='none', mew=1.6, ms=9, label=f'{y:.2f}% at the end', clip_on=False)
+    ax.plot(x, y, 'o', color=_orange, mfc='none', mew=1.6, ms=12, clip_on=False,
+            label=f'validation accuracy at the end: {y:.2f}%')
 
 def _tidy(ax, title, df):
     "What the panels have in common"
     ax.set_title(title, loc='left', fontsize=11)
     ax.set(xlabel='epoch', xlim=(df.epoch.min() - 0.5, df.epoch.max() + 0.5))
-    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    ax.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
     ax.spines[['top', 'right']].set_visible(False)
     ax.grid(alpha=0.25, lw=0.6)
-    if ax.get_legend_handles_labels()[0]: ax.legend(frameon=False, fontsize=9)
 
 # %% ../nbs/09_interpret.ipynb #709dafc9
 def plot_curves(
     history, # Path of a `history.csv`, or a DataFrame with the same columns
     path=None, # PNG file to write; None: none is written
-)->Figure: # 10 x 3 inches
-    "Loss, accuracy and learning rate of `history`, epoch by epoch, saved to `path`; errors as `read_history` and `save_picture`"
+)->Figure: # 10 x 3.3 inches
+    "Loss, accuracy and learning rate of `history`, saved to `path`; errors as `read_history` and `save_picture`"
     df = read_history(history)
-    fig = Picture(figsize=(10, 3), dpi=100, layout='constrained')
+    fig = Picture(figsize=(10, 3.3), dpi=100, layout='constrained')
     loss, acc, lr = fig.subplots(1, 3)
     _draw_pair(loss, df, 'loss')
     _draw_pair(acc, df, 'accuracy', 100)
     _draw_end(acc, df)
-    lr.step(df.epoch, df.lr, '.-', where='mid', color=_grey, lw=1.4, ms=4)
+    lr.step(df.epoch, df.lr, '-' if len(df) > 1 else '.', where='mid', color=_grey, lw=1.6, ms=8)
     lr.set_ylim(bottom=0)
+    # above the panels, where no curve is
+    fig.legend(*acc.get_legend_handles_labels(), loc='outside upper center', ncols=3, frameon=False)
     for ax, title in ((loss, 'loss'), (acc, 'accuracy in %'), (lr, 'learning rate')): _tidy(ax, title, df)
     return save_picture(fig, path)
 
@@ -115,17 +117,20 @@ def misclassified(
 )->pd.DataFrame: # A row a mistake: index in that set, true, predicted, prob (0 to 1)
     "The wrong predictions of `learn` on set `ds_idx`, the surest first; ValueError if there is no such set"
     n = len(learn.dls.loaders)
-    if ds_idx not in range(n): raise ValueError(f'ds_idx is {ds_idx!r}, but must be from 0 to {n - 1}: 0 is training, 1 validation')
+    if ds_idx not in range(n):
+        raise ValueError(f'ds_idx is {ds_idx!r}, but must be from 0 to {n - 1}: 0 is training, 1 validation')
     dl = learn.dls[ds_idx].new(shuffle=False, drop_last=False)
     with untouched(learn), dl.dataset.set_split_idx(1):  # 1: as for validation, so nothing is augmented
         probs, targs, preds = (o.numpy() for o in learn.get_preds(dl=dl, with_decoded=True))  # (N, classes), (N,), (N,)
     idx = np.flatnonzero(preds != targs)  # (mistakes,)
     vocab = np.array(learn.dls.vocab)
-    df = pd.DataFrame(dict(index=idx, true=vocab[targs[idx]], predicted=vocab[preds[idx]], prob=probs[idx, preds[idx]]))
+    df = pd.DataFrame(dict(index=idx, true=vocab[targs[idx]], predicted=vocab[preds[idx]],
+                           prob=probs[idx, preds[idx]]))
     return df.sort_values('prob', ascending=False, kind='stable', ignore_index=True)
 
 # %% ../nbs/09_interpret.ipynb #3395b1d1
-_cell, _side, _head = (1.7, 1.74), 1.28, 0.4  # inches: a place in the grid, an image (4 x 32 pixels at 100 dpi), the headline
+# Inches: a place in the grid, an image (4 x 32 pixels at 100 dpi), the headline
+_cell, _side, _head = (1.7, 1.74), 1.28, 0.4
 
 def _headed(cols, rows, text):
     "An empty picture for `cols` x `rows` images with the headline `text`"
@@ -138,7 +143,7 @@ def _item_image(dset, i):
     "The image of item `i`, (H, W, 3) uint8, as the data set reads it"
     x = np.asarray(dset[i][0])
     if x.dtype == np.uint8 and x.ndim == 3 and x.shape[-1] == 3: return x
-    raise TypeError(f'item {i} is {x.dtype} {x.shape}, but must be a uint8 image (H, W, 3); use a DataBlock that reads such images')
+    raise TypeError(f'item {i} is {x.dtype} {x.shape}, but must be a uint8 image (H, W, 3); read such in the DataBlock')
 
 def _add_image(fig, place, cols, x, title):
     "Draw the image `x` under its `title` at `place`, counted row by row; every corner on a whole pixel"
@@ -148,7 +153,7 @@ def _add_image(fig, place, cols, x, title):
     low = round(100*(h - _head - (row + 1)*_cell[1]))/100 + 0.08
     ax = fig.add_axes([left/w, low/h, _side/w, _side/h])
     ax.imshow(x, interpolation='nearest')
-    ax.set_title(title, fontsize=7.5, pad=3, linespacing=1.1)
+    ax.set_title(title, fontsize=8.5, pad=3, linespacing=1.1)
     ax.set_axis_off()
 
 # %% ../nbs/09_interpret.ipynb #bc405563
@@ -158,8 +163,9 @@ def plot_misclassified(
     ds_idx:int=1, # 0: the training images, without augmentation; 1: the validation images
     path=None, # PNG file to write; None: none is written
 )->Figure: # A nearly square grid
-    "The `n` surest mistakes of `learn` on set `ds_idx`, saved to `path`; ValueError for a bad `n` or `ds_idx`, TypeError for other images"
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1: raise ValueError(f'n is {n!r}, but must be a whole number of at least 1')
+    "The `n` surest mistakes of `learn` on set `ds_idx`, in `path` too; ValueError (`n`, `ds_idx`), TypeError (images)"
+    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+        raise ValueError(f'n is {n!r}, but must be a whole number of at least 1')
     df, dset = misclassified(learn, ds_idx), learn.dls[ds_idx].dataset
     if df.empty: return save_picture(_headed(2, 0, f'None of {len(dset):,} images is misclassified'), path)
     top = df.head(n)
