@@ -93,7 +93,13 @@ def finish(
 
 # %% ../nbs/10_train.ipynb #922555df
 def prepare(
-    data, recipe, seed, workers, device, out, overrides # As for `s9_train`
+    data, # As for `s9_train`, and so are the others
+    recipe, # Name of a recipe or None
+    seed, # 0 to 2**32 - 1
+    workers, # Processes that prepare batches
+    device, # Name of a device or None
+    out, # Folder or None
+    overrides, # Fields of the recipe, by name
 )->tuple: # The Learner and its run folder
     "All that comes before the first batch; `BadInput` for whatever is wrong with the input"
     try:

@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from dataclasses import is_dataclass
 from pathlib import Path
 
 import pytest
@@ -87,14 +88,16 @@ def public_symbols():
             if getattr(o, '__module__', None) == mod.__name__: yield pytest.param(o, id=f'{m.stem}.{nm}')
 
 
-@pytest.mark.parametrize('o', public_symbols())
+@pytest.mark.parametrize('o', list(public_symbols()))
 def test_public_symbol_is_documented(o):
     assert inspect.isclass(o) or inspect.isfunction(o)
     if o.__name__.startswith('main_') or o.__name__ == 'encodes': return  # an entry point without parameters; a type-dispatched extension
     assert (inspect.getdoc(o) or '').strip(), 'no docstring'
-    target = o.__init__ if inspect.isclass(o) and '__init__' in vars(o) else o
-    if inspect.isclass(o) and target is o: return  # its parameters are its parent's
-    bare = [k for k, doc in docments(target).items() if k not in ('self', 'return', 'args', 'kwargs') and not doc]
+    target = o.__init__ if inspect.isclass(o) and '__init__' in vars(o) and not is_dataclass(o) else o
+    if inspect.isclass(o) and target is o and not is_dataclass(o): return  # its parameters are its parent's
+    docs = docments(target)
+    named = [k for k, p in inspect.signature(target).parameters.items() if k != 'self' and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    bare = [k for k in named if not docs.get(k)]
     assert bare == [], f'parameters without a comment: {bare}'
 
 
