@@ -13,7 +13,8 @@ from copy import deepcopy
 from functools import partial
 
 import numpy as np, torch
-from fastai.vision.core import PILBase, PILMask, TensorImage, TensorImageBase, TensorPoint, TensorBBox
+from PIL import Image
+from fastai.vision.core import LabeledBBox, PILBase, PILMask, TensorBBox, TensorImage, TensorImageBase, TensorPoint
 from fasttransform import ItemTransform
 
 import albumentations as A, cv2  # after fastai, whose star import would bring another A
@@ -39,19 +40,20 @@ class KeyedRandom:
         self.np, self.py = np.random.Generator(np.random.Philox(0)), random.Random(0)
 
     def rekey(self,
-        key:int|None=None, # Up to 128 bits; None: `item_key`, and where that is None too, 128 bits from Python's `random`
+        key:int|None=None, # Up to 128 bits; None: `item_key`, and if that is None too, Python's `random`
     ):
         "Both generators at the start of the stream that belongs to `key`"
         if key is None: key = item_key.get()
         if key is None: key = random.getrandbits(128)
         # a new state in place costs 2 us, a new generator 14
-        self.np.bit_generator.state = dict(bit_generator='Philox', buffer=np.zeros(4, np.uint64), buffer_pos=4, has_uint32=0, uinteger=0, state=dict(
-            counter=np.zeros(4, np.uint64), key=np.array([key & (2**64 - 1), key >> 64], np.uint64)))
+        state = dict(counter=np.zeros(4, np.uint64), key=np.array([key & (2**64 - 1), key >> 64], np.uint64))
+        self.np.bit_generator.state = dict(
+            bit_generator='Philox', state=state, buffer=np.zeros(4, np.uint64), buffer_pos=4, has_uint32=0, uinteger=0)
         self.py.seed(key)
 
 # %% ../nbs/01_augment.ipynb #d3530d2a
 class SubpixelAffine(A.Affine):
-    "`A.Affine` that shifts by fractions of a pixel, as `ShiftScaleRotate` did in albumentations 1.3; `translate_percent` only"
+    "`A.Affine` that shifts by fractions of a pixel, as albumentations 1.3 did; takes `translate_percent` only"
     def _get_translate_params(self, image_shape):
         h, w = image_shape[:2]
         return {ax: self.py_random.uniform(*self.translate_percent[ax]) * n for ax, n in (('x', w), ('y', h))}
@@ -60,17 +62,19 @@ class SubpixelAffine(A.Affine):
 def reference_policy(
     fill:tuple=(0, 0, 0), # Colour of the hole, RGB, 0 to 255; black as in the experiment
 )->A.Compose: # For uint8 images (H, W, 3) of 32x32 pixels or more
-    "The experiment's augmentation with the meaning it had on albumentations 1.3; Normalize and the tensor are fastai's work"
+    "The experiment's augmentation as albumentations 1.3 did it, with holes of colour `fill`; Normalize is fastai's work"
     return A.Compose([
         SubpixelAffine(scale=(0.8, 1.2), translate_percent=(-0.0625, 0.0625), rotate=(-15, 15), keep_ratio=True,
                        border_mode=cv2.BORDER_REFLECT_101, p=0.3),
         A.HorizontalFlip(p=0.5),
-        A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(16, 16), hole_width_range=(16, 16), fill=fill, p=0.5),
+        A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(16, 16), hole_width_range=(16, 16), fill=fill,
+                        p=0.5),
         A.RandomBrightnessContrast(brightness_limit=0.2, contrast_limit=0.2, p=0.2),
         A.CenterCrop(32, 32)])
 
 # %% ../nbs/01_augment.ipynb #bc3b559f
-POLICIES = {'reference': reference_policy, 'reference_mean': partial(reference_policy, fill=tuple(round(255*c) for c in MEAN)),
+POLICIES = {'reference': reference_policy,
+            'reference_mean': partial(reference_policy, fill=tuple(round(255*c) for c in MEAN)),
             'none': partial(A.Compose, [])}
 
 # %% ../nbs/01_augment.ipynb #f306980d
@@ -85,9 +89,10 @@ def get_policy(
 def check_pipeline(
     pipe:A.BaseCompose, # `A.Compose`, `A.OneOf`, ...
 ):
-    "TypeError unless `pipe` is a composition of albumentations; ValueError where a transform was given an argument it does not know"
+    "TypeError unless `pipe` is a composition; ValueError for an argument that a transform in it does not know"
     if not isinstance(pipe, A.BaseCompose):
-        raise TypeError(f'a pipeline must be an A.Compose([...]) of albumentations, got {type(pipe).__name__}: wrap it in A.Compose')
+        raise TypeError(f'a pipeline must be an A.Compose([...]) of albumentations, got {type(pipe).__name__}: '
+                        'wrap it in A.Compose')
     for t in pipe.transforms:
         if isinstance(t, A.BaseCompose): check_pipeline(t)
         elif bad := getattr(t, 'invalid_args', None):
@@ -98,15 +103,17 @@ def check_pipeline(
 def to_uint8(
     o, # `PILImage`, `PILImageBW`, `PILMask` or a uint8 array (H, W) or (H, W, C)
 )->np.ndarray: # uint8 (H, W) or (H, W, C)
-    "`o` as the array that albumentations takes; TypeError for another type, ValueError for an array that is not uint8 or a palette image"
+    "`o` as albumentations takes it; TypeError for another type, ValueError for another dtype, shape or image mode"
     if isinstance(o, PILBase):
-        if o.mode not in ('RGB', 'L'): raise ValueError(f"the image's mode is {o.mode!r}, but must be RGB or L: use .convert('RGB')")
+        if o.mode not in ('RGB', 'L'):
+            raise ValueError(f"the image's mode is {o.mode!r}, but must be RGB or L: use .convert('RGB')")
         return np.asarray(o)
     if not isinstance(o, np.ndarray):
         raise TypeError(f'AlbumentationsTransform takes a PILImage or a uint8 array (H, W, C), got {type(o).__name__}: '
                         'put it among the item_tfms, before ToTensor')
     if o.dtype != np.uint8 or o.ndim not in (2, 3):
-        raise ValueError(f'AlbumentationsTransform takes arrays of uint8 (H, W, C), got {o.dtype} {o.shape}: use (255*x).astype("uint8")')
+        raise ValueError(f'AlbumentationsTransform takes arrays of uint8 (H, W, C), got {o.dtype} {o.shape}: '
+                         'use (255*x).astype("uint8")')
     return np.asarray(o)
 
 # %% ../nbs/01_augment.ipynb #24afea75
@@ -114,18 +121,23 @@ def from_uint8(
     out, # What the pipeline gave: an array, or the tensor of `ToTensorV2`
     o, # The item that went in
 ):
-    "`out` in the type of `o`; a float result (`A.Normalize`) as `TensorImageBase`, which fastai's `IntToFloatTensor` and `Normalize` leave alone"
-    if isinstance(out, np.ndarray) and out.dtype != np.uint8: out = torch.from_numpy(np.atleast_3d(out).transpose(2, 0, 1).copy())  # (C, H, W)
-    if isinstance(out, torch.Tensor): return out.as_subclass(TensorImage if out.dtype == torch.uint8 else TensorImageBase)
+    "`out` in the type of `o`; floats (`A.Normalize`) as `TensorImageBase`, which fastai's own normalising leaves alone"
+    if isinstance(out, np.ndarray) and out.dtype != np.uint8:
+        out = torch.from_numpy(np.atleast_3d(out).transpose(2, 0, 1).copy())  # (C, H, W)
+    if isinstance(out, torch.Tensor):
+        return out.as_subclass(TensorImage if out.dtype == torch.uint8 else TensorImageBase)
     return type(o).create(out) if isinstance(o, PILBase) else out.view(type(o))
 
 # %% ../nbs/01_augment.ipynb #3987bee3
+# targets that belong to places in the image
+_moving = (TensorPoint, TensorBBox, LabeledBBox, TensorImageBase, Image.Image, np.ndarray)
+
 class AlbumentationsTransform(ItemTransform):
-    "Albumentations' `train` pipeline on training items, `valid` on all others, drawn afresh for each image in each epoch and worker"
+    "Albumentations: `train` on training items, `valid` on all others, drawn afresh for each image in each epoch"
     split_idx, order = None, 2  # after Resize (1), before ToTensor (5)
 
     def __init__(self,
-        train:A.BaseCompose, # For training items, as `A.Compose([...])`; copied. TypeError or ValueError: see `check_pipeline`
+        train:A.BaseCompose, # For training items, as `A.Compose([...])`; copied; errors as `check_pipeline`
         valid:A.BaseCompose|None=None, # For validation, test and prediction; None: they stay as they are
     ):
         super().__init__()
@@ -155,11 +167,12 @@ class AlbumentationsTransform(ItemTransform):
         "The whole item `x`: image first; a mask follows its image, and what has coordinates is refused"
         img, *rest = x
         for y in rest:
-            if isinstance(y, (TensorPoint, TensorBBox)) or (isinstance(y, PILBase) and not isinstance(y, PILMask)):
-                raise TypeError(f'AlbumentationsTransform moves images and PILMask targets, not {type(y).__name__}: the two would no longer match')
-        masks = {i: y for i, y in enumerate(rest) if isinstance(y, PILMask)}
-        out = pipe(image=to_uint8(img), **({'masks': [to_uint8(m) for m in masks.values()]} if masks else {}))
-        for (i, m), new in zip(masks.items(), out.get('masks', [])): rest[i] = from_uint8(np.asarray(new), m)
+            if isinstance(y, _moving) and not isinstance(y, PILMask):
+                raise TypeError(f'AlbumentationsTransform moves an image and its PILMask, but not {type(y).__name__}: '
+                                'the two would no longer match, so take out what moves the image')
+        masks = [i for i, y in enumerate(rest) if isinstance(y, PILMask)]
+        out = pipe(image=to_uint8(img), **({'masks': [to_uint8(rest[i]) for i in masks]} if masks else {}))
+        for i, new in zip(masks, out.get('masks', [])): rest[i] = from_uint8(np.asarray(new), rest[i])
         return type(x)((from_uint8(out['image'], img), *rest))
 
     def __repr__(self): return f'AlbumentationsTransform(train={self.train}, valid={self.valid})'

@@ -10,6 +10,7 @@ import random
 from collections import Counter
 from pathlib import Path
 
+import fastai.vision.learner  # teaches show_batch, show_results and plot_top_losses to lay out images
 import numpy as np, torch
 from PIL import Image, ImageOps
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
@@ -30,11 +31,17 @@ class CifarReader(Transform):
     "What the two readers share: the data, which is left out of a pickle and found again through its source"
     def __init__(self,
         data:Cifar10, # Both splits; an index counts through the training images, then the test images
-    ): self.source, self._data = data.source, data
+    ): self.source, self.identity, self._data = data.source, self.identify(data), data
+
+    def identify(self, data): return data.key, len(data.train.labels), len(data.test.labels)
 
     @property
     def data(self):
-        if self._data is None: self._data = load_cifar(self.source)
+        if self._data is None:
+            data = load_cifar(self.source)
+            if self.identify(data) != self.identity:
+                raise ValueError(f'{self.source}: these are other images than before; give images or files')
+            self._data = data
         return self._data
 
     def look_up(self, idx):
@@ -53,13 +60,22 @@ class ImageReader(CifarReader):
     def encodes(self, o):
         if isinstance(o, (int, np.integer)): return self.look_up(o)[0].view(ImageArray)
         if isinstance(o, (str, Path)): o = Image.open(o)
-        if isinstance(o, np.ndarray): o = Image.fromarray(o)
+        if isinstance(o, np.ndarray): o = self.from_array(o)
         return np.asarray(ImageOps.fit(o.convert('RGB'), (32, 32), Image.Resampling.BILINEAR)).view(ImageArray)
+
+    def from_array(self, o):
+        if o.dtype != np.uint8 or o.ndim not in (2, 3) or o.shape[2:] not in ((), (1,), (3,), (4,)):
+            raise ValueError(f'an image is an array of uint8 (H, W) or (H, W, C) with 1, 3 or 4 channels, '
+                             f'got {o.dtype} {o.shape}: use (255*x).astype("uint8")')
+        return Image.fromarray(o.squeeze(2) if o.shape[2:] == (1,) else o)
 
 # %% ../nbs/03_data.ipynb #83ae07bb
 class LabelReader(CifarReader):
     "The class of an item: by its index, or by the folder that a file lies in"
-    def encodes(self, o): return CLASSES[self.look_up(o)[1]] if isinstance(o, (int, np.integer)) else Path(o).parent.name
+    input_types = (int, np.integer, str, Path)  # what `test_dl(..., with_labels=True)` may hand over
+
+    def encodes(self, o):
+        return CLASSES[self.look_up(o)[1]] if isinstance(o, (int, np.integer)) else Path(o).parent.name
 
 # %% ../nbs/03_data.ipynb #6f5430d7
 @ToTensor
@@ -71,20 +87,27 @@ class KeyedDL(TfmdDL):
     def __init__(self,
         dataset=None, # As for `TfmdDL`
         bs:int=64, # Images a batch
-        seed:int|None=None, # 0 to 2**63 - 1; None: drawn from Python's `random`, so that fastai's `set_seed` fixes it
+        seed:int|None=None, # 0 or more; None: drawn from Python's `random`, so that fastai's `set_seed` fixes it
         **kwargs
     ):
         self.seed = random.getrandbits(63) if seed is None else seed
-        self.epoch, self.n_new, self.seen = -1, 0, Counter()  # the epoch under way (-1: none yet), loaders made from this one, images seen
+        # the epoch under way (-1: none yet), the loaders made from this one, how often the present image came before
+        self.epoch, self.n_new, self.nth = -1, 0, 0
         super().__init__(dataset, bs=bs, **kwargs)
 
-    def randomize(self): self.epoch, self.seen = self.epoch + 1, Counter()
+    def randomize(self): self.epoch += 1
+
+    def sample(self):  # every worker walks through the whole epoch, so all of them count alike
+        seen = Counter()
+        for i, s in enumerate(self._DataLoader__idxs):
+            self.nth = seen[s]
+            seen[s] += 1
+            if i//(self.bs or 1) % self.num_workers == self.offs: yield s
 
     def shuffle_fn(self, idxs): return random.Random(item_seed(self.seed, self.epoch, -1)).sample(idxs, len(idxs))
 
     def do_item(self, s):
-        token = item_key.set(item_seed(self.seed, self.epoch, s or 0, self.seen[s]))
-        self.seen[s] += 1
+        token = item_key.set(item_seed(self.seed, self.epoch, s or 0, self.nth))
         try: return super().do_item(s)
         finally: item_key.reset(token)
 
@@ -113,16 +136,18 @@ def cifar_dls(
     path=None, # Folder, archive or 'sample'; None: searched for, see `load_cifar`
     bs:int=128, # Images a batch, 1 or more
     policy='reference', # Name of a policy, or an `A.Compose` of your own
-    seed:int|None=None, # Fixes order and augmentation; None: drawn from Python's `random`, so that fastai's `set_seed` fixes it
+    seed:int|None=None, # Fixes order and augmentation; None: drawn from Python's `random`, which `set_seed` fixes
     num_workers:int=0, # Processes that make batches; 0: this one makes them
     device=None, # Where the batches go, such as 'cpu' or 'cuda'; None: fastai's default device
     cache_dir=None, # Where decoded images are kept; None: beside fastai's data
 )->DataLoaders: # uint8 images become float32 (B, 3, 32, 32), normalised, on `device`
-    "CIFAR-10 from `path` as fastai `DataLoaders`; the last batch of an epoch may be smaller; ValueError for a bad `bs`, `num_workers` or `seed`"
+    "CIFAR-10 from `path` as `DataLoaders`, the last batch partial; ValueError for a bad `bs`, `num_workers` or `seed`"
     for nm, v, least in (('bs', bs, 1), ('num_workers', num_workers, 0), ('seed', 0 if seed is None else seed, 0)):
-        if isinstance(v, bool) or not isinstance(v, int) or v < least: raise ValueError(f'{nm} is {v!r}, but must be a whole number of at least {least}')
+        if isinstance(v, bool) or not isinstance(v, int) or v < least:
+            raise ValueError(f'{nm} is {v!r}, but must be a whole number of at least {least}')
     data = load_cifar(path, cache_dir=cache_dir)
     items = range(len(data.train.labels) + len(data.test.labels))
-    dls = cifar_block(data, policy).dataloaders(items, bs=bs, seed=seed, num_workers=num_workers, device=device, drop_last=False)
+    dls = cifar_block(data, policy).dataloaders(items, bs=bs, seed=seed, num_workers=num_workers, device=device,
+                                                drop_last=False)
     dls.data_source, dls.data_key = data.source, data.key  # so that a run can say what it was trained on
     return dls

@@ -46,15 +46,17 @@ class Recipe:
 
     def __post_init__(self):
         for f in fields(self): self._check_type(f, getattr(self, f.name))
-        for nm, low, high in (('epochs', 1, math.inf), ('bs', 1, math.inf), ('lr', 1e-12, math.inf), ('mom', 0, 1), ('wd', 0, math.inf)):
+        inf = math.inf
+        for nm, low, high in (('epochs', 1, inf), ('bs', 1, inf), ('lr', 1e-12, inf), ('mom', 0, 1), ('wd', 0, inf)):
             if not low <= (v := getattr(self, nm)) < high:
-                raise ValueError(f'{nm} is {v!r}, but must be at least {low}' + (f' and below {high}' if high < math.inf else ' and finite'))
+                raise ValueError(f'{nm} is {v!r}, but must be at least {low} and ' + ('finite' if high == inf else f'below {high}'))
         get_policy(self.policy), self.scheduler()
         with torch.device('meta'): self.net()  # looks at the arguments, makes no weights and draws no random number
 
     def _check_type(self, f, v):
         ok = (int, float) if f.type is float else f.type
-        if isinstance(v, bool) or not isinstance(v, ok): raise ValueError(f'{f.name} is {v!r}, but must be of type {f.type.__name__}')
+        if isinstance(v, bool) or not isinstance(v, ok):
+            raise ValueError(f'{f.name} is {v!r}, but must be of type {f.type.__name__}')
 
     def net(self)->Net: return Net(self.n_channels, norm=self.norm, dropout=self.dropout)
     def scheduler(self)->list: return lr_scheduler(self.sched, step_size=self.step_size, gamma=self.gamma)
@@ -85,8 +87,8 @@ def s9_learner(
 )->Learner:
     "A `Learner` that follows `recipe` on `dls`: `learn.fit(100)` is the experiment"
     recipe = get_recipe(recipe)
-    learn = Learner(dls, recipe.net(), loss_func=CrossEntropyLossFlat(), opt_func=partial(SGD, mom=recipe.mom), lr=recipe.lr, wd=recipe.wd,
-                    **{'metrics': accuracy, **kwargs})
+    learn = Learner(dls, recipe.net(), loss_func=CrossEntropyLossFlat(), opt_func=partial(SGD, mom=recipe.mom),
+                    lr=recipe.lr, wd=recipe.wd, **{'metrics': accuracy, **kwargs})
     learn.recipe = recipe
     learn.remove_cb(learn.recorder)
     return learn.add_cbs([EpochRecorder(), *recipe.scheduler(), *([] if run_dir is None else [RunLog(run_dir)])])

@@ -44,7 +44,8 @@ class EpochRecorder(Recorder):
         "Put the two sets side by side; `validate` alone has no training columns, as in fastai"
         if not self.trained: self.log += self.validated
         else:
-            self.log += L(v for pair in zip(self.trained, self.validated) for v in pair) if self.validated else self.trained
+            both = L(v for pair in zip(self.trained, self.validated) for v in pair)
+            self.log += both if self.validated else self.trained
             self.log.append(self.opt.hypers[-1]['lr'])
         super().after_epoch()
 
@@ -66,8 +67,8 @@ def format_epoch(
 
 # %% ../nbs/06_record.ipynb #20d6a8a2
 class RunLog(Callback):
-    "Writes `log.txt` and `history.csv` into the folder `run_dir` after each epoch; needs `EpochRecorder` and the metric `accuracy`"
-    order = 65  # after the Recorder (50), whose row it writes, and the schedulers (60, 62), whose next rate it writes
+    "Writes `log.txt` and `history.csv` into `run_dir` after each epoch; ValueError without the metric `accuracy`"
+    order = 65  # after the Recorder (50) and the schedulers (60, 62), which have what it writes
 
     def __init__(self,
         run_dir, # Folder, made if it is not there
@@ -75,16 +76,21 @@ class RunLog(Callback):
         self.run_dir, self.n_done = Path(run_dir), 0
         self.run_dir.mkdir(parents=True, exist_ok=True)
 
+    def before_fit(self):
+        if 'accuracy' not in self.metrics.attrgot('name'):
+            raise ValueError('RunLog writes the accuracy: give the Learner metrics=accuracy, or no run_dir')
+
     def after_train(self): self.last = self.learn.loss.item(), self.learn.iter
 
     def after_epoch(self):
         rec = self.recorder
-        if not rec.trained or not rec.validated: return  # `validate`, `get_preds` and `lr_find` have only one of the two
-        self.n_done += 1
+        if not rec.trained or not rec.validated: return  # `validate`, `get_preds` and `lr_find` have only one
+        self.n_done = max(self.n_done, self.epoch) + 1  # a second fit counts on, and `start_epoch` counts what it skips
         row = dict(zip(rec.metric_names[1:], rec.values[-1]))
         n = rec.loss.count
-        append_text(self.run_dir/'log.txt', format_epoch(self.n_done, *self.last, row['train_accuracy'], row['valid_loss'],
-                                                      round(row['valid_accuracy']*n), n, self.next_lr()))
+        text = format_epoch(self.n_done, *self.last, row['train_accuracy'], row['valid_loss'],
+                            round(row['valid_accuracy']*n), n, self.next_lr())
+        append_text(self.run_dir/'log.txt', text)
         self.write_row({'epoch': self.n_done, **row, 'time': rec.log[-1]})
 
     def next_lr(self):

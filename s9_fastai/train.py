@@ -42,25 +42,27 @@ def get_device(
 
 # %% ../nbs/10_train.ipynb #423d56a6
 def new_run_dir(
-    out=None, # Folder to make; an empty one may be there; None: a new one under `runs`, named by `recipe_name` and the time
+    out=None, # Folder to make; an empty one may be there; None: a new one under `runs`, named by recipe and time
     recipe_name:str='run', # First part of the name that is made up
 )->Path: # The folder, which is there, empty and writable
     "A folder for a run: FileExistsError where there is something already, OSError where it cannot be written"
     path = Path('runs')/f'{recipe_name}-{datetime.now():%Y%m%d-%H%M%S}' if out is None else Path(out)
-    if path.is_dir() and any(path.iterdir()): raise FileExistsError(f'out is {str(path)!r}, a folder that is not empty: name another one')
-    if path.exists() and not path.is_dir(): raise FileExistsError(f'out is {str(path)!r}, which is a file: name a folder')
+    name = f'out is {str(path)!r}'
+    if path.exists() and not path.is_dir(): raise FileExistsError(f'{name}, which is a file: name a folder')
     try:
         path.mkdir(parents=True, exist_ok=True)
         with replacing(path/'.writable') as f: f.touch()
         (path/'.writable').unlink()
-    except OSError as e: raise OSError(f'out is {str(path)!r}, which cannot be written ({e.strerror}): name another folder') from e
-    return path
+        if not any(path.iterdir()): return path
+    except OSError as e: raise OSError(f'{name}, which cannot be written ({e.strerror}): name another folder') from e
+    raise FileExistsError(f'{name}, a folder that is not empty: name another one')
 
 # %% ../nbs/10_train.ipynb #0bf5e983
 def environment()->dict: # Text by name
     "The versions that a result depends on, and the machine"
     libs = {nm: version(nm) for nm in ('s9_fastai', 'fastai', 'torch', 'torchvision', 'albumentations', 'numpy')}
-    return {**libs, 'python': platform.python_version(), 'machine': platform.machine(), 'threads': torch.get_num_threads()}
+    return {**libs, 'python': platform.python_version(), 'machine': platform.machine(),
+            'threads': torch.get_num_threads()}
 
 # %% ../nbs/10_train.ipynb #3d00eabf
 def save_weights(
@@ -78,8 +80,8 @@ def print_epoch(
     log, # Their values
 ):
     "One line for an epoch, for output that is a pipe or a file, where bars would leave thousands of fragments"
-    cells = [f'{nm} {v:.4f}' if isinstance(v, float) and nm != 'lr' else f'{nm} {v}' for nm, v in zip(recorder.metric_names[1:], log[1:])]
-    print(f'epoch {log[0] + 1:3d}  ' + '  '.join(cells), flush=True)
+    def cell(nm, v): return f'{nm} {v:.4f}' if isinstance(v, float) and nm != 'lr' else f'{nm} {v}'
+    print(f'epoch {log[0] + 1:3d}', *map(cell, recorder.metric_names[1:], log[1:]), sep='  ', flush=True)
 
 # %% ../nbs/10_train.ipynb #4e1ca722
 def finish(
@@ -110,8 +112,9 @@ def prepare(
         dls = cifar_dls(data, recipe.bs, recipe.policy, seed=seed, num_workers=workers, device=device)
         run_dir = new_run_dir(out, recipe_name)
     except (ValueError, OSError) as e: raise BadInput(str(e)) from e
-    write_json(run_dir/'recipe.json', {'name': recipe_name, **asdict(recipe), 'seed': seed, 'data': dls.data_source,
-                                       'data_key': dls.data_key, 'workers': workers, 'device': str(device), **environment()})
+    write_json(run_dir/'recipe.json', {
+        'name': recipe_name, **asdict(recipe), 'seed': seed, 'data': dls.data_source, 'data_key': dls.data_key,
+        'workers': workers, 'device': str(device), **environment()})
     return s9_learner(dls, recipe, run_dir), run_dir
 
 # %% ../nbs/10_train.ipynb #30309c64
@@ -153,7 +156,8 @@ def recipe_options(
     docs = docments(Recipe)
     for f in fields(Recipe):
         if names is None or f.name in names:
-            parser.add_argument(f'--{f.name.replace("_", "-")}', type=f.type, metavar=f'({f.type.__name__})', help=f'{docs[f.name]}; the recipe\'s if not given')
+            parser.add_argument(f'--{f.name.replace("_", "-")}', type=f.type, metavar=f'({f.type.__name__})',
+                                help=f"{docs[f.name]}; the recipe's if not given")
 
 # %% ../nbs/10_train.ipynb #33222e65
 def run_command(
