@@ -212,6 +212,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       's9_fastai.test_utils.synth_split': ('test_utils.html#synth_split', 's9_fastai/test_utils.py')},
             's9_fastai.train': { 's9_fastai.train.BadInput': ('train.html#badinput', 's9_fastai/train.py'),
                                  's9_fastai.train.complain': ('train.html#complain', 's9_fastai/train.py'),
+                                 's9_fastai.train.cpu_name': ('train.html#cpu_name', 's9_fastai/train.py'),
                                  's9_fastai.train.environment': ('train.html#environment', 's9_fastai/train.py'),
                                  's9_fastai.train.finish': ('train.html#finish', 's9_fastai/train.py'),
                                  's9_fastai.train.get_device': ('train.html#get_device', 's9_fastai/train.py'),

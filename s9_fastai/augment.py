@@ -62,7 +62,7 @@ class SubpixelAffine(A.Affine):
 def reference_policy(
     fill:tuple=(0, 0, 0), # Colour of the hole, RGB, 0 to 255; black as in the experiment
 )->A.Compose: # For uint8 images (H, W, 3) of 32x32 pixels or more
-    "The experiment's augmentation as albumentations 1.3 did it, with holes of colour `fill`; Normalize is fastai's work"
+    "The experiment's augmentation as albumentations 1.3 did it, with holes of colour `fill`, without Normalize"
     return A.Compose([
         SubpixelAffine(scale=(0.8, 1.2), translate_percent=(-0.0625, 0.0625), rotate=(-15, 15), keep_ratio=True,
                        border_mode=cv2.BORDER_REFLECT_101, p=0.3),

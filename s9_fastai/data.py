@@ -79,7 +79,8 @@ class LabelReader(CifarReader):
 
 # %% ../nbs/03_data.ipynb #6f5430d7
 @ToTensor
-def encodes(self, o:ImageArray): return TensorImage(torch.from_numpy(np.ascontiguousarray(o.transpose(2, 0, 1))))  # (3, H, W)
+def encodes(self, o:ImageArray):
+    return TensorImage(torch.from_numpy(np.ascontiguousarray(o.transpose(2, 0, 1))))  # (3, H, W)
 
 # %% ../nbs/03_data.ipynb #e605b5d2
 class KeyedDL(TfmdDL):

@@ -49,7 +49,8 @@ class Recipe:
         inf = math.inf
         for nm, low, high in (('epochs', 1, inf), ('bs', 1, inf), ('lr', 1e-12, inf), ('mom', 0, 1), ('wd', 0, inf)):
             if not low <= (v := getattr(self, nm)) < high:
-                raise ValueError(f'{nm} is {v!r}, but must be at least {low} and ' + ('finite' if high == inf else f'below {high}'))
+                upper = 'finite' if high == inf else f'below {high}'
+                raise ValueError(f'{nm} is {v!r}, but must be at least {low} and {upper}')
         get_policy(self.policy), self.scheduler()
         with torch.device('meta'): self.net()  # looks at the arguments, makes no weights and draws no random number
 

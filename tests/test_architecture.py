@@ -105,3 +105,9 @@ def test_nothing_speaks_of_one_machine():
     words = '|'.join(['/wor' + 'k/', '/tm' + 'p/', r'\.\./sha' + 'red', '/ro' + 'ot/', r'pypi\.o' + 'rg'])
     files = subprocess.run(['git', 'grep', '-lEI', words, '--', '.', ':!.ci/run'], cwd=root, capture_output=True, text=True).stdout.split()
     assert files == []
+
+
+@pytest.mark.parametrize('module', modules, ids=lambda m: m.stem)
+def test_lines_fit_the_screen(module):
+    lines = module.read_text(encoding='utf-8').split('\n')
+    assert [i for i, ln in enumerate(lines, 1) if len(ln) > 120 and '__all__' not in ln] == []

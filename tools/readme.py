@@ -14,11 +14,13 @@ root = Path(__file__).resolve().parent.parent
 
 
 def shown(cells):
-    "The `cells` that a reader sees, without the lines that speak to nbdev"
+    "The `cells` that a reader sees, without the lines that speak to nbdev; of a `hide_input` cell the outputs alone"
     for c in cells:
-        directives = re.match(r'(#\|[^\n]*\n?)*', c.source)[0]
+        lines = re.match(r'(#\|[^\n]*\n?)*', c.source)[0]
+        directives = lines.replace('#|', '').split()
         if 'hide' in directives: continue
-        c.source = c.source[len(directives):]
+        c.source = c.source[len(lines):]
+        c.metadata['transient'] = {'remove_source': 'hide_input' in directives}
         if c.source: yield c
 
 
