@@ -120,8 +120,8 @@ def prepare(
         run_dir = new_run_dir(out, recipe_name)
     except (ValueError, OSError) as e: raise BadInput(str(e)) from e
     write_json(run_dir/'recipe.json', {
-        'name': recipe_name, **asdict(recipe), 'seed': seed, 'data': Path(dls.data_source).name, 'data_key': dls.data_key,
-        'workers': workers, 'device': str(device), **environment()})
+        'name': recipe_name, **asdict(recipe), 'seed': seed, 'workers': workers, 'device': str(device),
+        'data': Path(dls.data_source).name, 'data_key': dls.data_key, **environment()})
     return s9_learner(dls, recipe, run_dir), run_dir
 
 # %% ../nbs/10_train.ipynb #30309c64
