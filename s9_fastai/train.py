@@ -18,12 +18,12 @@ import safetensors.torch, torch
 from fastai.callback.progress import ProgressCallback
 from fastai.torch_core import default_device, set_seed
 from fastcore.docments import docments
-from fastcore.imports import IN_NOTEBOOK
 from fastcore.script import anno_parser
 
 from .data import cifar_dls
 from .files import replacing, write_json
 from .interpret import plot_curves, plot_misclassified
+from .layouts import show_bars
 from .learner import Recipe, get_recipe, s9_learner
 from .summary import summary
 
@@ -136,7 +136,7 @@ def s9_train(
 ): # The trained `Learner`
     "Train the Net on CIFAR-10 and leave a run folder: recipe, log, history, weights, curves, misclassified images"
     learn, run_dir = prepare(data, recipe, seed, workers, device, out, overrides)
-    if not (sys.stdout.isatty() or IN_NOTEBOOK):
+    if not show_bars(True):
         learn.remove_cb(ProgressCallback)
         learn.logger = partial(print_epoch, learn.recorder)
     learn.fit(learn.recipe.epochs)
