@@ -148,6 +148,8 @@ class AlbumentationsTransform(ItemTransform):
         self.__dict__.update(state)
         cv2.setNumThreads(0)  # its threads cost more than they bring on small images, and may hang in a forked worker
 
+    def pipe(self, split_idx): return self.train if split_idx == 0 else self.valid
+
     def _adopt(self, pipe):
         "A checked copy of `pipe` that draws from our generators"
         if pipe is None: return None
@@ -158,7 +160,7 @@ class AlbumentationsTransform(ItemTransform):
 
     # fastai's dispatch by type lets an unknown type pass untouched, so the call is our own
     def __call__(self, x, split_idx=None, **kwargs):
-        pipe = self.train if split_idx == 0 else self.valid
+        pipe = self.pipe(split_idx)
         if pipe is None: return x
         self.rng.rekey()
         return self._item(pipe, x) if isinstance(x, tuple) else from_uint8(pipe(image=to_uint8(x))['image'], x)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RECIPES', 'Recipe', 'get_recipe', 's9_learner']
 
-# %% ../nbs/07_learner.ipynb #8dac13d2
+# %% ../nbs/07_learner.ipynb #41f46d5b
 import inspect, math
 from dataclasses import dataclass, fields, replace
 from functools import partial
@@ -15,11 +15,10 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
-from fastai.optimizer import SGD
 from fastai.callback import progress  # its import gives every Learner its bars
 
-from .augment import get_policy
-from .data import cifar_dls
+from .data import augmentation, cifar_dls
+from .fast import FastSGD
 from .net import Net
 from .record import EpochRecorder, RunLog
 from .schedule import StepLR, lr_scheduler
@@ -27,7 +26,7 @@ from .schedule import StepLR, lr_scheduler
 # %% ../nbs/07_learner.ipynb #fceadd8e
 def _default(f, name): return inspect.signature(f).parameters[name].default
 
-# %% ../nbs/07_learner.ipynb #4c2567b5
+# %% ../nbs/07_learner.ipynb #c10dad08
 @dataclass(frozen=True)
 class Recipe:
     "What a training run does; ValueError, at once, where a value is not allowed"
@@ -35,6 +34,8 @@ class Recipe:
     norm:str = _default(Net, 'norm')  # 'bn', 'gn' or 'ln'
     dropout:float = _default(Net, 'dropout')  # 0 to below 1
     policy:str = _default(cifar_dls, 'policy')  # Augmentation, a key of `POLICIES`
+    augment:str = _default(cifar_dls, 'augment')  # 'item' by item, or whole 'batch'es, which is faster
+    compute:str = 'fast'  # 'fast': `Learner.to_fast`; 'plain': float32 in torch's own layers
     bs:int = _default(cifar_dls, 'bs')  # Images a batch
     epochs:int = 100  # Passes over the training images
     lr:float = 0.05  # Learning rate of the first epoch
@@ -51,7 +52,9 @@ class Recipe:
             if not low <= (v := getattr(self, nm)) < high:
                 upper = 'finite' if high == inf else f'below {high}'
                 raise ValueError(f'{nm} is {v!r}, but must be at least {low} and {upper}')
-        get_policy(self.policy), self.scheduler()
+        if self.compute not in ('fast', 'plain'):
+            raise ValueError(f"compute is {self.compute!r}, but must be 'fast' or 'plain'")
+        augmentation(self.policy, self.augment), self.scheduler()
         with torch.device('meta'): self.net()  # looks at the arguments, makes no weights and draws no random number
 
     def _check_type(self, f, v):
@@ -79,17 +82,18 @@ def get_recipe(
         if k not in known: raise ValueError(f'a recipe has no field {k!r}: its fields are {", ".join(known)}')
     return replace(recipe, **{k: v for k, v in overrides.items() if v is not None})
 
-# %% ../nbs/07_learner.ipynb #95c6e958
+# %% ../nbs/07_learner.ipynb #17639fbc
 def s9_learner(
     dls:DataLoaders, # From `cifar_dls`
-    recipe='stated', # Name of a recipe, or a `Recipe`; its `bs` and `policy` belong to `dls`
+    recipe='stated', # Name of a recipe, or a `Recipe`; its `bs`, `policy` and `augment` belong to `dls`
     run_dir=None, # Folder for `log.txt` and `history.csv`, which grow with each epoch; None: nothing is written
     **kwargs # For `Learner`, such as `cbs` or `path`
 )->Learner:
     "A `Learner` that follows `recipe` on `dls`: `learn.fit(100)` is the experiment"
     recipe = get_recipe(recipe)
-    learn = Learner(dls, recipe.net(), loss_func=CrossEntropyLossFlat(), opt_func=partial(SGD, mom=recipe.mom),
+    learn = Learner(dls, recipe.net(), loss_func=CrossEntropyLossFlat(), opt_func=partial(FastSGD, mom=recipe.mom),
                     lr=recipe.lr, wd=recipe.wd, **{'metrics': accuracy, **kwargs})
+    if recipe.compute == 'fast': learn.to_fast()
     learn.recipe = recipe
     learn.remove_cb(learn.recorder)
     return learn.add_cbs([EpochRecorder(), *recipe.scheduler(), *([] if run_dir is None else [RunLog(run_dir)])])

@@ -116,7 +116,8 @@ def prepare(
         recipe, device = get_recipe(recipe_name, **overrides), get_device(device)
         if not 0 <= seed < 2**32: raise ValueError(f'seed is {seed}, but must be 0 to 2**32 - 1')
         set_seed(seed)
-        dls = cifar_dls(data, recipe.bs, recipe.policy, seed=seed, num_workers=workers, device=device)
+        dls = cifar_dls(data, recipe.bs, policy=recipe.policy, augment=recipe.augment, seed=seed, num_workers=workers,
+                        device=device)
         run_dir = new_run_dir(out, recipe_name)
     except (ValueError, OSError) as e: raise BadInput(str(e)) from e
     write_json(run_dir/'recipe.json', {

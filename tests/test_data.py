@@ -14,7 +14,8 @@ from fastai.torch_core import TensorCategory, TensorImage, set_seed
 from PIL import Image
 
 from s9_fastai.cifar import CLASSES, MEAN, STD, Cifar10, Split, load_cifar
-from s9_fastai.data import ImageArray, ImageReader, KeyedDL, LabelReader, cifar_block, cifar_dls
+from s9_fastai.data import CifarDL, KeyedDL, cifar_block, cifar_dls
+from s9_fastai.readers import ImageArray, ImageReader, LabelReader
 from s9_fastai.test_utils import synth_images
 import albumentations as A
 
