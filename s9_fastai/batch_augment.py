@@ -51,7 +51,7 @@ def item_keys(
     idxs, nths = (np.array(o, np.int64, ndmin=1).view(np.uint64) for o in (idxs, nths))
     return mix64(mix64(idxs + np.uint64(a)) + mix64(nths ^ np.uint64(b)))
 
-# %% ../nbs/02_batch_augment.ipynb #8a7d7ae7
+# %% ../nbs/02_batch_augment.ipynb #c6a6700a
 _remedy = "augment item by item instead, with AlbumentationsTransform (augment='item')"
 _borders = {cv2.BORDER_CONSTANT: 'constant', cv2.BORDER_REPLICATE: 'replicate',
             cv2.BORDER_REFLECT_101: 'reflect_101'}
@@ -59,8 +59,8 @@ _borders = {cv2.BORDER_CONSTANT: 'constant', cv2.BORDER_REPLICATE: 'replicate',
 def _need(t, arg, ok, allowed):
     "ValueError unless `ok`, which says whether `arg` of the transform `t` is one of the `allowed`"
     if not ok:
-        raise ValueError(f'{type(t).__name__}: {arg} is {getattr(t, arg)!r}, but on whole batches it must be {allowed}: '
-                         f'{_remedy}')
+        raise ValueError(f'{type(t).__name__}: {arg} is {getattr(t, arg)!r}, but on whole batches it must be '
+                         f'{allowed}: {_remedy}')
 
 def _border(t):
     "Border and fill of `t` as keywords"
@@ -146,7 +146,7 @@ def read_policy(
         if op: ops.append(op)
     return ops
 
-# %% ../nbs/02_batch_augment.ipynb #3ff0e8b0
+# %% ../nbs/02_batch_augment.ipynb #7c6366a6
 # targets that belong to places in the image
 _moving = (TensorPoint, TensorBBox, TensorImageBase)
 
@@ -195,11 +195,11 @@ class BatchAugment(Transform):
     # fastai's dispatch by type lets an unknown type pass untouched, so the call is our own
     def __call__(self, x, split_idx=None, **kwargs):
         if split_idx != 0: return x
-        xb, *yb = x if isinstance(x, tuple) else (x,)
+        xb, *yb = x if isinstance(x, tuple) and x else (x,)
         for y in yb:
             if isinstance(y, _moving):
-                raise TypeError(f'BatchAugment moves images, but not {type(y).__name__}: the two would no longer match; '
-                                f'for masks {_remedy}')
+                raise TypeError(f'BatchAugment moves images, but not {type(y).__name__}: the two would no longer '
+                                f'match; for masks {_remedy}')
         if not isinstance(xb, TensorImage):
             raise TypeError(f'BatchAugment takes a TensorImage of uint8 (B, C, H, W), got {type(xb).__name__}: '
                             'wrap a tensor in TensorImage')

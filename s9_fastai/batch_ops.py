@@ -31,7 +31,7 @@ def _colour(fill, c):
         raise ValueError(f'fill is {fill}, but the images have {c} channels: give one number, or {c}')
     return np.broadcast_to(np.asarray(fill), (c,))
 
-# %% ../nbs/01_batch_ops.ipynb #0ed4ccb6
+# %% ../nbs/01_batch_ops.ipynb #2ed68be5
 class BatchOp:
     "A transform of uint8 images (B, H, W, C): `draw` makes parameters of uniform numbers, `apply` changes the images"
     p, n = 1., 0  # how likely an image is hit; how many uniform numbers it draws from
@@ -48,7 +48,6 @@ class BatchOp:
         x:torch.Tensor, # uint8 (B, H, W, C), contiguous; never changed
     )->torch.Tensor: # (B, H', W', C), contiguous
         "The changed images"
-        raise NotImplementedError
 
     def size(self, h, w):
         "Height and width after the op"
@@ -72,9 +71,8 @@ class BatchFlip(BatchOp):
 
     def apply(self, x): return x.flip(2 if self.axis == 'horizontal' else 1)
 
-# %% ../nbs/01_batch_ops.ipynb #90523138
+# %% ../nbs/01_batch_ops.ipynb #f79f3afd
 _padding = {'constant': 'zeros', 'replicate': 'border', 'reflect_101': 'reflection'}  # OpenCV's word: torch's
-
 @dataclass(frozen=True)
 class BatchAffine(BatchOp):
     "Scales and turns images about their middle, then shifts them; bilinear"
@@ -106,14 +104,13 @@ class BatchAffine(BatchOp):
         cols, rows = (_beside(x, o, np.float32) for o in self.grid(*x.shape[1:3], scale, shift, rotate))
         grid = (cols[:, :, None] + rows[..., None]).permute(1, 2, 3, 0)  # (B, H, W, 2)
         # torch's constant border is 0: a fill is taken off and put back
-        fill = self.fill if self.border == 'constant' and np.any(self.fill) else None
-        if fill is not None: fill = _beside(x, _colour(fill, x.shape[3]), np.float32)
+        fill = _beside(x, _colour(self.fill, x.shape[3]), np.float32) if self.border == 'constant' else None
         out = (x.float() if fill is None else x - fill).permute(0, 3, 1, 2)  # (B, C, H, W)
         out = F.grid_sample(out, grid, padding_mode=_padding[self.border], align_corners=True)
-        out = out.permute(0, 2, 3, 1).contiguous()
+        out = out.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
         return (out if fill is None else out + fill).round_().to(torch.uint8)
 
-# %% ../nbs/01_batch_ops.ipynb #6cf8a4ec
+# %% ../nbs/01_batch_ops.ipynb #03e8976a
 @dataclass(frozen=True)
 class BatchDropout(BatchOp):
     "Cuts rectangular holes, each inside the image"
@@ -127,7 +124,7 @@ class BatchDropout(BatchOp):
     def n(self): return 1 + 4*self.holes[1]
 
     def draw(self, u, h, w):
-        a, b, c, d = u[:, 1:].reshape(len(u), 4, -1).transpose(1, 0, 2)  # (B, holes) each
+        a, b, c, d = u[:, 1:].reshape(len(u), 4, self.holes[1]).transpose(1, 0, 2)  # (B, holes) each
         height, width = self._side(a, self.heights, h), self._side(b, self.widths, w)
         y, x = _between(c, 0, h - height), _between(d, 0, w - width)
         there = np.arange(self.holes[1]) < _between(u[:, :1], *self.holes)
@@ -136,7 +133,7 @@ class BatchDropout(BatchOp):
     def _side(self, u, ends, side):
         lo, hi = ends
         if hi < 1: return (side*(lo + (hi - lo)*u)).astype(np.int64)
-        if lo > side: raise ValueError(f'a hole has {lo} pixels or more, but the images only {side}: give smaller holes')
+        if lo > side: raise ValueError(f'a hole has {lo} pixels or more, but the images {side}: give smaller holes')
         return _between(u, int(lo), int(min(hi, side)))
 
     def apply(self, x,
@@ -179,7 +176,7 @@ class BatchBrightnessContrast(BatchOp):
         if not self.by_max: beta = beta*x.mean((1, 2, 3), keepdim=True)/255
         return x.mul_(alpha).add_(beta).clamp_(0, 255).to(torch.uint8)
 
-# %% ../nbs/01_batch_ops.ipynb #34ad8094
+# %% ../nbs/01_batch_ops.ipynb #fcc184d5
 @dataclass(frozen=True)
 class BatchCrop(BatchOp):
     "Cuts images to a size, in the middle or at a random place"
@@ -199,15 +196,14 @@ class BatchCrop(BatchOp):
         return dict(y=_between(u[:, 0], 0, dy), x0=_between(u[:, 1], 0, dx)) if self.random else {}
 
     def apply(self, x, y=None, x0=None):
-        h, w = x.shape[1:3]
         if not self.random:
-            y, x0 = (h - self.height)//2, (w - self.width)//2
+            y, x0 = (x.shape[1] - self.height)//2, (x.shape[2] - self.width)//2
             return x[:, y:y+self.height, x0:x0+self.width].contiguous()
         windows = x.unfold(1, self.height, 1).unfold(2, self.width, 1)  # (B, y, x0, C, H', W')
         chosen = tuple(_beside(x, o) for o in (np.arange(len(x)), y, x0))
         return windows.permute(0, 1, 2, 4, 5, 3)[chosen].contiguous()
 
-# %% ../nbs/01_batch_ops.ipynb #656cbaca
+# %% ../nbs/01_batch_ops.ipynb #171d8f79
 @dataclass(frozen=True)
 class BatchPad(BatchOp):
     "Adds a border around images that are smaller than a size"
@@ -222,7 +218,7 @@ class BatchPad(BatchOp):
         (h, w), (height, width) = x.shape[1:3], self.size(*x.shape[1:3])
         top, left = (height - h)//2, (width - w)//2
         if self.border == 'constant':
-            out = _beside(x, _colour(self.fill, x.shape[3]), np.uint8).expand(len(x), height, width, -1).contiguous()
+            out = _beside(x, _colour(self.fill, x.shape[3]), np.uint8).repeat(len(x), height, width, 1)
             out[:, top:top+h, left:left+w] = x
             return out
         rows, cols = self._source(h, top, height), self._source(w, left, width)

@@ -5,12 +5,11 @@
 # %% auto #0
 __all__ = ['KeyedDL', 'CifarDL', 'augmentation', 'cifar_block', 'cifar_dls']
 
-# %% ../nbs/03_data.ipynb #39f933dd
+# %% ../nbs/03_data.ipynb #b3e2323e
 import random
 from collections import Counter
 from numbers import Integral
 
-import fastai.vision.learner  # teaches show_batch, show_results and plot_top_losses to lay out images
 import numpy as np, torch
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import DataLoaders, TfmdDL
@@ -26,7 +25,7 @@ from .augment import AlbumentationsTransform, get_policy, item_key, item_seed
 from .batch_augment import BatchAugment, item_keys
 from .readers import ImageReader, LabelReader
 
-# %% ../nbs/03_data.ipynb #e605b5d2
+# %% ../nbs/03_data.ipynb #fd6826c9
 class KeyedDL(TfmdDL):
     "A `TfmdDL` whose order depends on (seed, epoch) and whose augmentation on (seed, epoch, image) alone"
     def __init__(self,
@@ -61,6 +60,10 @@ class KeyedDL(TfmdDL):
         return super().new(dataset, cls, **{'seed': item_seed(self.seed, self.epoch, -2, self.n_new) >> 65, **kwargs})
 
     def one_batch(self): return super(KeyedDL, self.new()).one_batch()
+
+    def _pre_show_batch(self, b, max_n=9):
+        import fastai.vision.learner  # lays out images; it takes a second to import, so not before somebody looks
+        return super()._pre_show_batch(b, max_n=max_n)
 
 # %% ../nbs/03_data.ipynb #ad140bf0
 def _tfms(pipe): return getattr(pipe, 'fs', [pipe])  # a `Pipeline`, or any function in its place

@@ -126,29 +126,32 @@ def number_format(
     else: fast = torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
-# %% ../nbs/05_fast.ipynb #7c2bd26c
+# %% ../nbs/05_fast.ipynb #9e0cf9f0
 class Autocast(Callback):
     "Runs the model, not the loss, in the `number_format` of its device; predictions come out as float32"
     order = 10  # where fastai has its MixedPrecision
 
     def before_batch(self):
-        self.remove_hooks()  # a batch that was interrupted left its own
+        self.restore()  # a batch that was interrupted did not
         device = next(self.model.parameters()).device
-        if (dtype := number_format(device)) == torch.float32: return
-        self.context = torch.autocast(device.type, dtype)
-        self.hooks = [self.model.register_forward_pre_hook(self._enter),
-                      self.model.register_forward_hook(self._leave, always_call=True)]
+        self.kind, self.dtype = device.type, number_format(device)
+        if self.dtype == torch.float32: return
+        self.was, self.plain = vars(self.model).get('forward'), self.model.forward
+        self.model.forward = self.forward
 
-    def _enter(self, *_): self.context.__enter__()
-    def _leave(self, *_): self.context.__exit__(None, None, None)
+    def forward(self, *args):
+        with torch.autocast(self.kind, self.dtype): return self.plain(*args)
+
     def after_pred(self): self.learn.pred = to_float(self.pred)
-    def after_batch(self): self.remove_hooks()
+    def after_batch(self): self.restore()
 
-    def remove_hooks(self):
-        for h in getattr(self, 'hooks', []): h.remove()
-        self.hooks = []
+    def restore(self):
+        "Give the model its own `forward` back"
+        if vars(self.model).get('forward') != self.forward: return
+        del self.model.forward
+        if self.was is not None: self.model.forward = self.was
 
-# %% ../nbs/05_fast.ipynb #32e41f99
+# %% ../nbs/05_fast.ipynb #f26bfb34
 class FastSGD(Optimizer):
     "fastai's `SGD` with momentum and decoupled weight decay, all tensors of a group at a time"
     def __init__(self,
@@ -158,6 +161,7 @@ class FastSGD(Optimizer):
         wd:float=0., # Weight decay: each step multiplies the weights by 1 - lr*wd
     ):
         super().__init__(params, [], lr=lr, mom=mom, wd=wd)
+        self.averages = mom != 0  # as in fastai, without momentum at first a schedule of it has no effect
 
     def step(self, closure=None):
         if closure is not None: raise NotImplementedError('FastSGD takes no closure: call backward before step')
@@ -168,14 +172,16 @@ class FastSGD(Optimizer):
 
     @torch.no_grad()
     def _step_group(self, ps, states, lr, mom, wd):
-        decayed = [p for p, s in zip(ps, states) if s.get('do_wd', True)]
+        decayed, steps = [p for p, s in zip(ps, states) if s.get('do_wd', True)], [p.grad for p in ps]
         if wd and decayed: torch._foreach_mul_(decayed, 1 - lr*wd)
-        for p, s in zip(ps, states):
-            if 'grad_avg' not in s: s['grad_avg'] = torch.zeros_like(p)
-        avgs = [s['grad_avg'] for s in states]
-        torch._foreach_mul_(avgs, mom)
-        torch._foreach_add_(avgs, [p.grad for p in ps])
-        torch._foreach_add_(ps, avgs, alpha=-lr)
+        if self.averages:
+            for p, s in zip(ps, states):
+                if 'grad_avg' not in s: s['grad_avg'] = torch.zeros_like(p)
+            avgs = [s['grad_avg'] for s in states]
+            torch._foreach_mul_(avgs, mom)
+            torch._foreach_add_(avgs, steps)
+            steps = avgs
+        torch._foreach_add_(ps, steps, alpha=-lr)
 
     def zero_grad(self):
         for group in self.param_lists:
