@@ -1,0 +1,35 @@
+"Seconds of one epoch on CIFAR-10 with the test at its end, and of its training part"
+from common import Contestant, data_options, get_source, interleave, lines_of, options, parse, save, show
+from competitors import EPOCHS
+
+
+def contestant(key, bs, source, threads):
+    "The way of training called `key` as one who takes part"
+    title, make, workers = EPOCHS[key]
+    settings = dict(contestant=key, bs=bs, workers=workers, policy='reference', images=source.n_train,
+                    test_images=source.n_test)
+    return Contestant(title, make, dict(source=source, bs=bs, workers=workers), settings, threads)
+
+
+def measure(args, images):
+    "One run with `images` training images: lines and tables"
+    source = get_source(args.data, images)
+    group = [contestant(key, args.bs, source, args.threads) for key in args.contestants]
+    interleave(group, args.reps)
+    lines = lines_of(group, {'epoch': 's', 'training': 's'})
+    save(lines, args.out)
+    print(f'\n{source.n_train:,} training images, {source.n_test:,} test images, batches of {args.bs}')
+    for what, baseline in (('epoch', EPOCHS['fastai'][0]), ('training', EPOCHS['bare'][0])):
+        if found := [o for o in lines if o['measure'] == what]: show(found, baseline)
+
+
+def main():
+    p = data_options(options(__doc__, reps=3), list(EPOCHS))
+    p.add_argument('--images', type=int, nargs='+', default=[None], metavar='N',
+                   help='training images, drawn once; several numbers are measured one after the other; not given: all')
+    p.add_argument('--bs', type=int, default=128, help='images a batch')
+    args = parse(p)
+    for images in args.images: measure(args, images)
+
+
+if __name__ == '__main__': main()

@@ -1,0 +1,70 @@
+"Peak memory of one epoch on CIFAR-10 with the test at its end, of all processes together; Linux only"
+import sys
+from pathlib import Path
+
+from common import data_options, get_source, lines_of, options, parse, save, show
+from competitors import EPOCHS
+from epochs import contestant
+
+
+def family(pid):
+    "`pid` and the processes below it"
+    below = [int(c) for f in Path(f'/proc/{pid}/task').glob('*/children') for c in f.read_text().split()]
+    return [pid, *(p for c in below for p in family(c))]
+
+
+def kilobytes(pid, file, *names):
+    "The sum of the fields `names` of a file in /proc"
+    fields = dict(ln.split(':', 1) for ln in Path(f'/proc/{pid}/{file}').read_text().splitlines() if ':' in ln)
+    return sum(int(fields[nm].split()[0]) for nm in names)
+
+
+def memory(pid):
+    "MB that `pid` and its workers hold: files mapped by `pid`, and all other pages, each counted once"
+    total = kilobytes(pid, 'status', 'RssFile')  # libraries are shared with strangers, so their pages are not divided
+    for p in family(pid):
+        try: total += kilobytes(p, 'smaps_rollup', 'Pss_Anon', 'Pss_Shmem')
+        except (OSError, KeyError): pass  # a worker that has just ended
+    return total/1024
+
+
+class Peak:
+    "The highest value of `memory` so far, and the peak that the kernel knows of the main process"
+    def __init__(self): self.all, self.main = 0., 0.
+
+    def __call__(self, pid):
+        try:
+            self.all = max(self.all, memory(pid))
+            self.main = kilobytes(pid, 'status', 'VmHWM')/1024
+        except (OSError, KeyError): pass  # the process has just ended
+
+
+def measure(c):
+    "A training run of `c` in a fresh process"
+    peak = Peak()
+    with c:
+        c.answer(peak)
+        c.run(peak)
+        peak(c.process.pid)
+    # the kernel misses no moment but knows no sum; the samples are the other way round
+    return {'peak memory': max(peak.all, peak.main), 'peak of the main process': peak.main}
+
+
+def main():
+    p = data_options(options(__doc__, reps=3), [nm for nm in EPOCHS if nm != 'bare'])
+    p.add_argument('--images', type=int, help='training images, drawn once; not given: all')
+    p.add_argument('--bs', type=int, default=128, help='images a batch')
+    args = parse(p)
+    if not Path('/proc/self/smaps_rollup').exists(): p.error('memory is read from /proc, which this system has not')
+    source = get_source(args.data, args.images)
+    group = [contestant(key, args.bs, source, args.threads) for key in args.contestants]
+    for rep in range(args.reps):
+        for c in group:
+            c.results.append(measure(c))
+            print(f'round {rep + 1}  {c.name}: {c.results[-1]["peak memory"]:,.0f} MB', file=sys.stderr, flush=True)
+    lines = lines_of(group, {'peak memory': 'MB', 'peak of the main process': 'MB'})
+    save(lines, args.out)
+    show([o for o in lines if o['measure'] == 'peak memory'], EPOCHS['fastai'][0])
+
+
+if __name__ == '__main__': main()

@@ -1,0 +1,59 @@
+"Milliseconds a step of the network alone: forward, loss, backward, optimizer, with a batch that is already there"
+import sys
+from functools import partial
+from time import perf_counter
+
+import torch
+
+from common import make_line, options, parse, save, show
+from competitors import bare_epoch, bare_sgd, fast_net, fixed_batch
+from s9_fastai.net import Net
+
+CHANNELS_LAST, BF16, F32 = torch.channels_last, torch.bfloat16, torch.float32
+TODAY = 'stock layers, channels last, bfloat16'
+# name: layers, memory format, number format
+VARIANTS = {'stock layers, float32': ('stock', torch.contiguous_format, F32),
+            'stock layers, channels last, float32': ('stock', CHANNELS_LAST, F32),
+            TODAY: ('stock', CHANNELS_LAST, BF16),
+            'fast layers, float32': ('fast', CHANNELS_LAST, F32),
+            'fast layers, bfloat16': ('fast', CHANNELS_LAST, BF16)}
+
+
+def make_block(variant, dropout, args):
+    "A function that runs a block of steps of `variant`"
+    layers, memory_format, dtype = VARIANTS[variant]
+    torch.manual_seed(0)
+    net = fast_net(dropout) if layers == 'fast' else Net(dropout=dropout).to(memory_format=memory_format)
+    model = torch.compile(net.train()) if args.compile else net.train()
+    return partial(bare_epoch, model, bare_sgd(net), *fixed_batch(args.bs, memory_format), args.steps, dtype)
+
+
+def measure(blocks, reps, steps):
+    "Milliseconds a step of every block in turn, `reps` times and once before to warm up"
+    times = {name: [] for name in blocks}
+    for rep in range(reps + 1):
+        for name, run in blocks.items():
+            start = perf_counter()
+            run()
+            if rep: times[name].append(1e3*(perf_counter() - start)/steps)
+        print(f'round {rep}' if rep else 'warm-up', file=sys.stderr, flush=True)
+    return times
+
+
+def main():
+    p = options(__doc__, reps=5)
+    p.add_argument('--bs', type=int, default=128, help='images a batch')
+    p.add_argument('--steps', type=int, default=20, help='steps in a block, which is one repetition')
+    p.add_argument('--dropout', type=float, nargs='+', default=[0.1, 0.], metavar='P', help='dropout of the Net')
+    p.add_argument('--compile', action='store_true', help='torch.compile every variant')
+    args = parse(p)
+    for dropout in args.dropout:
+        times = measure({v: make_block(v, dropout, args) for v in VARIANTS}, args.reps, args.steps)
+        settings = dict(bs=args.bs, dropout=dropout, steps=args.steps, compile=args.compile)
+        lines = [make_line(v, 'one step', 'ms', ms, settings) for v, ms in times.items()]
+        save(lines, args.out)
+        print(f'\nbatches of {args.bs}, dropout {dropout:g}')
+        show(lines, TODAY)
+
+
+if __name__ == '__main__': main()

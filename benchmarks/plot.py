@@ -1,0 +1,92 @@
+"Draws what `loaders.py` and `epochs.py` measured: cost against batch size, workers and number of training images"
+import argparse
+import json
+from pathlib import Path
+
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+from s9_fastai.interpret import Picture, save_picture
+
+here = Path(__file__).resolve().parent
+
+# colours that people who see few colours can tell apart, and markers for those who see none
+LOOKS = {'fastai': ('fastai idiom', '#D55E00', 'o'), 'pytorch': ('plain PyTorch', '#0072B2', 's'),
+         'torchvision': ('torchvision v2', '#CC79A7', 'D'), 'kornia': ('kornia', '#E69F00', 'v'),
+         'item': ('item path', '#009E73', '^'), 'batch': ('batch path', '#4D4D4D', 'P')}
+STYLES = {'': 'solid', '2': 'dashed', 'fast': 'solid', 'plain': 'dotted'}  # by the second part of a contestant's name
+
+
+def read_lines(file, measure):
+    "The lines of `measure` in `file`, the newest for each setting; none where there is no file"
+    if not file.exists(): return []
+    lines = [o for o in map(json.loads, file.read_text(encoding='utf-8').splitlines()) if o['measure'] == measure]
+    return list({json.dumps(o['settings']): o for o in lines}.values())
+
+
+def pick(lines, **settings):
+    "The lines with these `settings`"
+    return [o for o in lines if all(o['settings'][k] == v for k, v in settings.items())]
+
+
+def draw(ax, lines, x, cost):
+    "A curve for each contestant: `cost` of its median, with bars from least to most, against the setting `x`"
+    for name in dict.fromkeys(o['settings']['contestant'] for o in lines):
+        who, _, style = name.partition('-')
+        rows = sorted(pick(lines, contestant=name), key=lambda o: o['settings'][x])
+        mid, *ends = ([cost(o[k]) for o in rows] for k in ('median', 'min', 'max'))
+        bars = [[abs(m - f(e)) for m, *e in zip(mid, *ends)] for f in (min, max)]
+        ax.errorbar([o['settings'][x] for o in rows], mid, bars, color=LOOKS[who][1], marker=LOOKS[who][2],
+                    ls=STYLES[style], lw=1.4, ms=5, elinewidth=0.8)
+
+
+def tidy(ax, lines, title, x, label):
+    "What the panels have in common: as many ticks as there were settings, a log scale for the cost"
+    ax.set_title(title, loc='left', fontsize=10)
+    ax.set(xlabel=label, yscale='log')
+    if x != 'workers': ax.set_xscale('log')
+    ax.set_xticks(sorted({o['settings'][x] for o in lines}))
+    ax.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:,g}'))
+        axis.set_minor_locator(NullLocator())
+    ax.spines[['top', 'right']].set_visible(False)
+    ax.grid(alpha=0.25, lw=0.6)
+    if not lines: ax.text(0.5, 0.5, 'not measured yet', ha='center', transform=ax.transAxes)
+
+
+def legend(fig, lines):
+    "Colours for who, line styles for how, above the panels"
+    seen = {o['settings']['contestant'].partition('-')[0] for o in lines}
+    who = [Line2D([], [], color=c, marker=m, label=nm) for k, (nm, c, m) in LOOKS.items() if k in seen]
+    how = [Line2D([], [], color='k', ls=ls, label=nm) for nm, ls in
+           (('right: 2 workers', 'dashed'), ('right: plain compute', 'dotted'))]
+    fig.legend(handles=who + how, loc='outside upper center', ncols=4, frameon=False, fontsize=9)
+
+
+def panels(loading, epochs):
+    "(lines, title, setting, its label, cost) of the three panels"
+    full = max((o['settings']['images'] for o in loading), default=0)
+    loading, per_1000 = pick(loading, images=full), lambda rate: 1e6/rate
+    title = 'loading, ms for 1,000 images'
+    return [(pick(loading, workers=0), title, 'bs', 'images a batch (no workers)', per_1000),
+            (pick(loading, bs=128), title, 'workers', 'workers (batches of 128)', per_1000),
+            (epochs, 'epoch with its test, s', 'images', 'training images', float)]
+
+
+def main():
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p.add_argument('--results', type=Path, default=here/'results', help='folder of the JSON lines')
+    p.add_argument('--out', type=Path, help='PNG file; not given: speed.png in the folder of the results')
+    args = p.parse_args()
+    loading = read_lines(args.results/'loaders.jsonl', 'loading')
+    epochs = read_lines(args.results/'epochs.jsonl', 'epoch')
+    fig = Picture(figsize=(10, 4), dpi=100, layout='constrained')
+    for ax, (lines, title, x, label, cost) in zip(fig.subplots(1, 3), panels(loading, epochs)):
+        draw(ax, lines, x, cost)
+        tidy(ax, lines, title, x, label)
+    legend(fig, loading + epochs)
+    save_picture(fig, args.out or args.results/'speed.png')
+
+
+if __name__ == '__main__': main()
