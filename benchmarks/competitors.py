@@ -24,7 +24,7 @@ from torchvision.transforms import v2
 from s9_fastai.augment import get_policy
 from s9_fastai.cifar import MEAN, STD, load_cifar
 from s9_fastai.data import cifar_dls
-from s9_fastai.fast import fast_layers, number_format
+from s9_fastai.fast import fast_layers, keep_freed_memory, number_format
 from s9_fastai.learner import get_recipe, s9_learner
 from s9_fastai.net import Net
 from s9_fastai.schedule import StepLR
@@ -112,9 +112,9 @@ def kornia_loaders(source, bs, workers):
     return BatchLoader(load_cifar(source.path).train, bs, tfm), None
 
 
-def our_dls(source, bs, workers, augment):
+def our_dls(source, bs, workers, augment, seed=None):
     "The loaders of this package; `augment` is 'item' or 'batch'"
-    return cifar_dls(source.path, bs=bs, policy='reference', augment=augment, num_workers=workers)
+    return cifar_dls(source.path, bs=bs, policy='reference', augment=augment, num_workers=workers, seed=seed)
 
 
 LOADERS = {'fastai': fastai_dls, 'pytorch': pytorch_loaders, 'torchvision': torchvision_loaders,
@@ -253,6 +253,7 @@ def bare_sgd(model): return torch.optim.SGD(model.parameters(), lr=1e-4, momentu
 
 def make_bare(source, bs, workers):
     "The limit of the training part: the fast network in its number format, with a batch that is already there"
+    keep_freed_memory()
     model, dtype = fast_net(get_recipe('stated').dropout).train(), number_format(torch.device('cpu'))
     opt, (xb, yb) = bare_sgd(model), fixed_batch(bs)
     steps = -(-source.n_train//bs)  # the last batch of an epoch is partial

@@ -1,12 +1,12 @@
 "Milliseconds a step of the network alone: forward, loss, backward, optimizer, with a batch that is already there"
-import sys
 from functools import partial
 from time import perf_counter
 
 import torch
 
-from common import make_line, options, parse, save, show
+from common import Contestant, interleave, lines_of, options, parse, save, show
 from competitors import bare_epoch, bare_sgd, fast_net, fixed_batch
+from s9_fastai.fast import keep_freed_memory
 from s9_fastai.net import Net
 
 CHANNELS_LAST, BF16, F32 = torch.channels_last, torch.bfloat16, torch.float32
@@ -19,25 +19,20 @@ VARIANTS = {'stock layers, float32': ('stock', torch.contiguous_format, F32),
             'fast layers, bfloat16': ('fast', CHANNELS_LAST, BF16)}
 
 
-def make_block(variant, dropout, args):
-    "A function that runs a block of steps of `variant`"
+def make_block(variant, dropout, bs, steps, compiled):
+    "A function that runs a block of steps of `variant`: milliseconds a step"
     layers, memory_format, dtype = VARIANTS[variant]
     torch.manual_seed(0)
+    if layers == 'fast': keep_freed_memory()
     net = fast_net(dropout) if layers == 'fast' else Net(dropout=dropout).to(memory_format=memory_format)
-    model = torch.compile(net.train()) if args.compile else net.train()
-    return partial(bare_epoch, model, bare_sgd(net), *fixed_batch(args.bs, memory_format), args.steps, dtype)
+    model = torch.compile(net.train()) if compiled else net.train()
+    block = partial(bare_epoch, model, bare_sgd(net), *fixed_batch(bs, memory_format), steps, dtype)
 
-
-def measure(blocks, reps, steps):
-    "Milliseconds a step of every block in turn, `reps` times and once before to warm up"
-    times = {name: [] for name in blocks}
-    for rep in range(reps + 1):
-        for name, run in blocks.items():
-            start = perf_counter()
-            run()
-            if rep: times[name].append(1e3*(perf_counter() - start)/steps)
-        print(f'round {rep}' if rep else 'warm-up', file=sys.stderr, flush=True)
-    return times
+    def run():
+        start = perf_counter()
+        block()
+        return {'one step': 1e3*(perf_counter() - start)/steps}
+    return run
 
 
 def main():
@@ -48,9 +43,11 @@ def main():
     p.add_argument('--compile', action='store_true', help='torch.compile every variant')
     args = parse(p)
     for dropout in args.dropout:
-        times = measure({v: make_block(v, dropout, args) for v in VARIANTS}, args.reps, args.steps)
         settings = dict(bs=args.bs, dropout=dropout, steps=args.steps, compile=args.compile)
-        lines = [make_line(v, 'one step', 'ms', ms, settings) for v, ms in times.items()]
+        how = dict(dropout=dropout, bs=args.bs, steps=args.steps, compiled=args.compile)
+        group = [Contestant(v, make_block, dict(variant=v, **how), settings, args.threads) for v in VARIANTS]
+        interleave(group, args.reps)
+        lines = lines_of(group, {'one step': 'ms'})
         save(lines, args.out)
         print(f'\nbatches of {args.bs}, dropout {dropout:g}')
         show(lines, TODAY)

@@ -21,6 +21,7 @@ from fastcore.docments import docments
 from fastcore.script import anno_parser
 
 from .data import cifar_dls
+from .fast import number_format
 from .files import replacing, write_json
 from .interpret import plot_curves, plot_misclassified
 from .layouts import show_bars
@@ -122,7 +123,8 @@ def prepare(
     except (ValueError, OSError) as e: raise BadInput(str(e)) from e
     write_json(run_dir/'recipe.json', {
         'name': recipe_name, **asdict(recipe), 'seed': seed, 'workers': workers, 'device': str(device),
-        'data': Path(dls.data_source).name, 'data_key': dls.data_key, **environment()})
+        'data': Path(dls.data_source).name, 'data_key': dls.data_key, **environment(),
+        'number_format': str(number_format(device) if recipe.compute == 'fast' else torch.float32)[6:]})
     return s9_learner(dls, recipe, run_dir), run_dir
 
 # %% ../nbs/10_train.ipynb #30309c64

@@ -9,15 +9,18 @@ import numpy as np
 import pytest
 import torch
 from fastai.data.core import TfmdDL
+from fastai.data.load import fa_collate
 from fastai.data.transforms import Normalize
 from fastai.torch_core import TensorCategory, TensorImage, set_seed
+from fasttransform import Transform
 from PIL import Image
 
 from s9_fastai.cifar import CLASSES, MEAN, STD, Cifar10, Split, load_cifar
-from s9_fastai.data import CifarDL, KeyedDL, cifar_block, cifar_dls
+from s9_fastai.data import KeyedDL, cifar_block, cifar_dls
 from s9_fastai.readers import ImageArray, ImageReader, LabelReader
 from s9_fastai.test_utils import synth_images
 import albumentations as A
+from albumentations.pytorch import ToTensorV2
 
 n_train, n_test = 64, 40
 noise = A.Compose([A.PixelDropout(dropout_prob=0.5, p=1)])  # 1024 random bits an image
@@ -35,8 +38,8 @@ def sample(): return load_cifar('sample')
 @pytest.fixture
 def mk(tiny):
     "Make small DataLoaders"
-    def _inner(policy='reference', bs=24, seed=1, num_workers=0, **kwargs):
-        return cifar_block(tiny, policy).dataloaders(
+    def _inner(policy='reference', bs=24, seed=1, num_workers=0, augment='item', **kwargs):
+        return cifar_block(tiny, policy, augment).dataloaders(
             range(n_train + n_test), bs=bs, seed=seed, num_workers=num_workers, device='cpu', **{'drop_last': False, **kwargs})
     return _inner
 
@@ -222,6 +225,85 @@ def test_a_plain_loader_of_fastai_can_have_the_items(mk, tiny):
     assert len({x.numpy().tobytes() for _ in range(2) for x in images(dl)}) == 2*n_train
 
 
+# --- the short cut, and whole batches
+
+crops = A.Compose([A.RandomCrop(24, 24), A.HorizontalFlip(), A.Normalize(MEAN, STD), ToTensorV2()])
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+@pytest.mark.parametrize('policy', ['reference', 'none', noise, crops], ids=['reference', 'none', 'noise', 'floats'])
+def test_the_short_cut_is_fastais_way_to_the_bit(mk, policy, num_workers):
+    short, long = (mk(policy, num_workers=num_workers) for _ in range(2))
+    for a, b in zip(short, long):
+        b.is_direct = lambda: False
+        assert a.is_direct()
+        for _ in range(2):
+            for (x, y), (u, v) in zip(a, b, strict=True):
+                assert (type(x), x.dtype, x.stride(), type(y), y.dtype) == (type(u), u.dtype, u.stride(), type(v), v.dtype)
+                assert torch.equal(x, u) and torch.equal(y, v)
+
+
+class Corner(Transform):
+    def encodes(self, o:ImageArray): return o[:24, :24]
+
+
+def test_it_steps_aside_for_anything_else(mk, tiny):
+    dls = mk()
+    assert not dls.test_dl([Image.fromarray(tiny.test.images[0])]).is_direct()
+    assert not dls.test_dl([3, Image.fromarray(tiny.test.images[0])]).is_direct()
+    cut = cifar_block(tiny).new(item_tfms=Corner()).dataloaders(range(n_train + n_test), bs=8, num_workers=0)
+    assert not cut.train.is_direct() and cut.one_batch()[0].shape == (8, 3, 24, 24)
+    seen = []
+    mine = dls.train.new(create_batch=lambda b: seen.append(len(b)) or fa_collate(b))
+    assert not mine.is_direct() and len(list(mine)) == 3 and seen == [24, 24, 16]
+    assert not dls.train.new(before_batch=lambda b: b[:5]).is_direct()
+
+
+def test_images_of_many_sizes_are_an_error(mk):
+    dl = mk(A.Compose([A.OneOf([A.CenterCrop(20, 20), A.CenterCrop(24, 24)], p=1)])).train
+    with pytest.raises(ValueError, match=r'2 sizes, such as \(20, 20, 3\) and \(24, 24, 3\)'): list(dl)
+
+
+def test_whole_batches_the_same_with_any_number_of_workers(mk):
+    ref = [digests(d) for dl in [mk(seed=7, augment='batch').train] for d in [dl]*3]
+    for w in (1, 2): assert [digests(d) for dl in [mk(seed=7, augment='batch', num_workers=w).train] for d in [dl]*3] == ref
+    assert not set(digests(mk(seed=8, augment='batch').train)) & set(sum(ref, []))
+    assert len(set(sum(ref, []))) == 9
+
+
+def test_in_whole_batches_each_image_has_its_own_draw(mk):
+    "Draws go with (seed, epoch, image), so the size of the batches changes nothing but how floats are rounded"
+    a, b = images(mk(augment='batch', bs=24).train), images(mk(augment='batch', bs=10).train)
+    assert (grey(a).round() - grey(b).round()).abs().max() <= 1
+    one = mk(augment='batch').train.new(get_idxs=lambda: [3]*64, bs=8)
+    assert len({x.numpy().tobytes() for x in images(one)}) > 40  # of 64 draws of one image, some leave it as it is
+
+
+def test_whole_batches_leave_the_test_images_alone(mk):
+    dls, raw = mk(augment='batch'), mk('none')
+    for ours, theirs in ((dls.valid, raw.valid), (dls.test_dl(range(5)), raw.test_dl(range(5)))):
+        assert torch.equal(images(ours), images(theirs))
+    assert not hasattr(dls.valid.one_batch()[0], 'keys')
+
+
+def test_whole_batches_are_channels_last_uint8_up_to_the_batch_transforms(mk):
+    dls, seen = mk(augment='batch'), []
+    inner = dls.train.after_batch
+    x, _ = dls.one_batch()
+    assert x.is_contiguous(memory_format=torch.channels_last) and not hasattr(x, 'keys')
+    dls.train.after_batch = lambda b: seen.append(b) or inner(b)
+    next(iter(dls.train))
+    assert (seen[0][0].dtype, seen[0][0].shape) == (torch.uint8, (24, 3, 32, 32))
+
+
+def test_looking_at_whole_batches_changes_nothing(mk):
+    ref, dls = digests(mk(augment='batch').train), mk(augment='batch')
+    dls.show_batch(show=False), dls.one_batch(), dls.valid.show_batch(show=False)
+    assert digests(dls.train) == ref
+    its = dls.train.show_batch(show=False, unique=True, max_n=8)[2]
+    assert len({x.numpy().tobytes() for x, _ in its}) > 4
+
+
 # --- readers
 
 @pytest.mark.parametrize('mode', ['RGB', 'L', 'RGBA', 'P', 'CMYK', '1'])
@@ -268,7 +350,9 @@ def test_items_are_views_that_nobody_can_write_to(sample):
 
 @pytest.mark.parametrize('kw, msg', [(dict(bs=0), 'bs is 0'), (dict(bs=2.5), 'bs is 2.5'), (dict(bs=True), 'bs is True'),
                                      (dict(num_workers=-1), 'num_workers is -1'), (dict(seed=-1), 'seed is -1'), (dict(seed='1'), "seed is '1'"),
-                                     (dict(policy='refrence'), "policy is 'refrence', but must be one of reference, ")])
+                                     (dict(policy='refrence'), "policy is 'refrence', but must be one of reference, "),
+                                     (dict(augment='batches'), "augment is 'batches', but must be 'item' or 'batch'"),
+                                     (dict(policy=noise, augment='batch'), "PixelDropout.*augment='item'")])
 def test_bad_arguments(kw, msg):
     with pytest.raises(ValueError, match=msg): cifar_dls('sample', **kw)
 

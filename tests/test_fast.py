@@ -12,7 +12,7 @@ from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from torch import nn
 
-from s9_fastai.fast import Autocast, FastBatchNorm2d, FastDropout, FastSGD, FoldedBatchNorm, fast_layers, fold, number_format
+from s9_fastai.fast import Autocast, FastBatchNorm2d, FastDropout, FastSGD, FoldedBatchNorm, fast_layers, fold_rows, number_format
 from s9_fastai.learner import get_recipe, s9_learner
 from s9_fastai.net import Net
 from s9_fastai.test_utils import synth_dls, synth_groups, synth_learner
@@ -58,7 +58,7 @@ def test_folded_batch_norm_is_batch_norm(shape, dtype):
 
 def test_fold_is_a_view_of_rows():
     x = rand(2, 3, 4, 5)
-    r = fold(x)
+    r = fold_rows(x)
     assert r.shape == (2, 15, 4, 1) and r.data_ptr() == x.data_ptr() and r.is_contiguous(memory_format=cl)
     assert all(r[b, w*3 + c, h, 0] == x[b, c, h, w] for b in range(2) for c in range(3) for h in range(4) for w in range(5))
 

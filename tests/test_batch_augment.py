@@ -1,0 +1,551 @@
+"The batch path against albumentations: each op's pixels and draws, whole policies, keys, and its manners inside fastai"
+import copy
+import pickle
+import random
+import warnings
+from dataclasses import replace
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
+from fastai.data.transforms import IndexSplitter, IntToFloatTensor, Normalize
+from fastai.learner import Learner, load_learner
+from fastai.torch_core import TensorCategory, TensorImage, TensorImageBase, TensorImageBW, TensorMask, set_seed
+from fastai.vision.core import TensorBBox, TensorPoint
+from scipy.stats import chi2_contingency, ks_2samp
+from torch import nn
+
+from s9_fastai.augment import AlbumentationsTransform, SubpixelAffine, get_policy, item_key, item_seed
+from s9_fastai.batch_augment import BatchAugment, item_keys, mix64, read_policy, uniforms
+from s9_fastai.cifar import load_cifar
+from s9_fastai.layouts import MEAN, STD
+import albumentations as A
+
+n_draws = 20_000
+constant, replicate, reflect_101 = cv2.BORDER_CONSTANT, cv2.BORDER_REPLICATE, cv2.BORDER_REFLECT_101
+
+
+def quietly(make):
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        return make()
+
+
+def turn(**kwargs): return dict(scale=(0.8, 1.2), rotate=(-15, 15), p=1) | kwargs
+
+
+# name: a transform that hits every image
+transforms = {
+    'flip': lambda: A.HorizontalFlip(p=1),
+    'vertical flip': lambda: A.VerticalFlip(p=1),
+    'subpixel, reflect_101': lambda: SubpixelAffine(**turn(translate_percent=(-0.0625, 0.0625), keep_ratio=True, border_mode=reflect_101)),
+    'subpixel, replicate': lambda: SubpixelAffine(**turn(translate_percent={'x': (-0.3, 0.1), 'y': 0.1}, border_mode=replicate)),
+    'subpixel, constant': lambda: SubpixelAffine(**turn(translate_percent=0.2, border_mode=constant)),
+    'affine, whole pixels': lambda: A.Affine(**turn(translate_percent=(-0.1, 0.1), border_mode=reflect_101)),
+    'affine, pixels': lambda: A.Affine(**turn(translate_px={'x': (-3, 5), 'y': (0, 2)}, fill=77)),
+    'affine, far out': lambda: A.Affine(scale=(0.1, 0.3), rotate=(-180, 180), border_mode=reflect_101, p=1),
+    'affine, two scales, colour': lambda: A.Affine(scale={'x': (0.5, 2), 'y': (1, 1.5)}, rotate=30, fill=(10, 200, 90), p=1),
+    'affine, shift alone': lambda: A.Affine(translate_percent=(-0.2, 0.2), p=1),
+    'shift scale rotate': lambda: A.ShiftScaleRotate(shift_limit_x=0.2, shift_limit_y=(0, 0.1), scale_limit=0.1, rotate_limit=45, p=1),
+    'one hole': lambda: A.CoarseDropout((1, 1), (16, 16), (16, 16), p=1),
+    'holes in pixels, colour': lambda: A.CoarseDropout((1, 4), (2, 9), (1, 20), fill=(125, 123, 114), p=1),
+    'holes in parts': lambda: A.CoarseDropout((2, 3), (0.1, 0.4), (0., 0.5), fill=255, p=1),
+    'holes larger than the image': lambda: A.CoarseDropout((1, 1), (5, 99), (5, 99), p=1),
+    'brightness': lambda: A.RandomBrightnessContrast(p=1),
+    'brightness by mean': lambda: A.RandomBrightnessContrast((-0.6, 0.1), (-1, 1.5), brightness_by_max=False, p=1),
+    'brightness in a safe range': lambda: A.RandomBrightnessContrast(0.5, (-1.5, 0.5), ensure_safe_range=True, p=1),
+    'centre crop': lambda: A.CenterCrop(6, 5),
+    'random crop': lambda: A.RandomCrop(6, 5),
+    'pad, reflect_101': lambda: A.PadIfNeeded(41, 60, border_mode=reflect_101),
+    'pad, replicate': lambda: A.PadIfNeeded(41, 60, border_mode=replicate),
+    'pad, colour': lambda: A.PadIfNeeded(41, 60, border_mode=constant, fill=(1, 2, 3)),
+    'pad only wide': lambda: A.PadIfNeeded(1, 150, border_mode=reflect_101),
+    'normalise': lambda: A.Normalize(MEAN, STD),
+    'normalise by one number': lambda: A.Normalize(0.5, 0.25, max_pixel_value=200.),
+}
+by_name = pytest.mark.parametrize('name', transforms)
+
+
+def make(name): return quietly(transforms[name])
+def twin(t): return read_policy(A.Compose([t]))[0]
+
+
+def as_drawn(t, par, img):
+    "What albumentations drew, as the arguments of the op; one row"
+    h, w = img.shape[:2]
+    if isinstance(t, A.Affine):
+        m, mid = par['matrix'], np.array([w - 1, h - 1])/2
+        shift = m[:2, 2] + m[:2, :2] @ mid - mid
+        return dict(scale=np.array([[par['scale']['x'], par['scale']['y']]]), shift=shift[None], rotate=np.array([par['rotate']]))
+    if isinstance(t, A.CoarseDropout):
+        holes = np.zeros((1, t.num_holes_range[1], 4), int)
+        holes[0, :len(par['holes'])] = par['holes']
+        return dict(holes=holes)
+    if isinstance(t, A.RandomBrightnessContrast):
+        return dict(alpha=np.array([par['alpha']]), beta=np.array([par['beta']])/(255 if t.brightness_by_max else img.mean()))
+    if isinstance(t, A.RandomCrop): return dict(y=np.array([par['crop_coords'][1]]), x0=np.array([par['crop_coords'][0]]))
+    return {}
+
+
+@pytest.fixture(scope='module')
+def imgs():
+    "Photographs, noise, smooth noise; an odd shape, and one smaller than most holes"
+    rng = np.random.default_rng(0)
+    noise = [rng.integers(0, 256, shape, dtype=np.uint8) for shape in [(32, 32, 3)]*40 + [(37, 45, 3)]*10 + [(17, 19, 3)]*10]
+    return [*load_cifar('sample').train.images[:60], *noise, *(cv2.GaussianBlur(im, (7, 7), 0) for im in noise)]
+
+
+@pytest.fixture(scope='module')
+def photos(): return np.array(load_cifar('sample').train.images[:128])
+
+
+def batch(imgs, keys=None):
+    "As the loader hands it over: (B, 3, H, W), in memory (B, H, W, 3)"
+    x = TensorImage(torch.from_numpy(np.array(imgs)).permute(0, 3, 1, 2))
+    if keys is not None: x.keys = keys
+    return x
+
+
+def augment(tfm, imgs, keys=None): return tfm(batch(imgs, keys), split_idx=0)
+def back(x): return x.permute(0, 2, 3, 1).numpy()
+
+
+# --- the same pixels for the same draws
+
+@by_name
+def test_pixels_equal_albumentations(name, imgs):
+    t, diffs = make(name), []
+    op = twin(t)
+    for i, img in enumerate(imgs):
+        t.set_random_seed(i)
+        ref, x = t(image=img)['image'], torch.from_numpy(img.copy())[None]
+        out = op.apply(x, **as_drawn(t, t.params, img))[0].numpy()
+        assert (x[0].numpy() == img).all()  # not in place
+        assert out.shape == ref.shape and out.dtype == ref.dtype
+        diffs.append(abs(out.astype(float) - ref).ravel())
+    diffs = np.concatenate(diffs)
+    if isinstance(t, A.Affine): assert diffs.max() <= 1 and (diffs > 0).mean() < 1e-3
+    elif 'by mean' in name: assert diffs.max() <= 1
+    elif isinstance(t, A.Normalize): assert diffs.max() < 1e-6
+    else: assert diffs.max() == 0
+
+
+@pytest.mark.parametrize('name', ['flip', 'subpixel, reflect_101', 'affine, pixels', 'holes in pixels, colour', 'brightness by mean'])
+def test_an_op_changes_its_rows_only(name, photos):
+    op, x = twin(make(name)), torch.from_numpy(photos[:9])
+    rows = np.array([1, 4, 8])
+    par = op.draw(uniforms(item_keys(0, 0, rows), op.n), 32, 32)
+    out = op.to_rows(x.clone(), rows, **par)
+    assert (out[rows] == op.apply(x[rows], **par)).all() and (out[rows] != x[rows]).flatten(1).any(1).all()
+    rest = np.setdiff1d(np.arange(9), rows)
+    assert (out[rest] == x[rest]).all()
+
+
+# --- the same distribution of draws
+
+def columns(par):
+    "The numbers of some draws, each under a name: edges and sides of holes too"
+    par = {k: v.reshape(len(v), -1) for k, v in par.items()}
+    if 'holes' in par:
+        h = par['holes'].reshape(len(par['holes']), -1, 4)
+        sides = h[..., 2:] - h[..., :2]
+        par = dict(holes=par['holes'], sides=sides.reshape(len(h), -1), number=(sides > 0).all(-1).sum(1)[:, None])
+    return {f'{k} {i}': v[:, i] for k, v in par.items() for i in range(v.shape[1])}
+
+
+def p_value(a, b):
+    "How likely two samples of one distribution differ so much: chi-square for few values, else Kolmogorov-Smirnov"
+    values, codes = np.unique(np.concatenate([a, b]).round(9), return_inverse=True)
+    if len(values) == 1: return 1.
+    if len(values) > 200: return ks_2samp(a, b).pvalue
+    counts = np.stack([np.bincount(c, minlength=len(values)) for c in np.split(codes, [len(a)])])
+    rare = counts.sum(0) < 20  # chi-square wants no rare values
+    counts = np.c_[counts[:, ~rare], counts[:, rare].sum(1)]
+    counts = counts[:, counts.sum(0) > 0]
+    return chi2_contingency(counts).pvalue
+
+
+def albumentations_draws(t, h=32, w=40, n=n_draws):
+    img, drawn = np.full((h, w, 3), 100, np.uint8), []
+    t.set_random_seed(0)
+    for _ in range(n): drawn.append(as_drawn(t, t.get_params_dependent_on_data(dict(shape=img.shape), dict(image=img)), img))
+    return {k: np.concatenate([d[k] for d in drawn]) for k in drawn[0]}
+
+
+def batch_draws(op, h=32, w=40, n=n_draws): return op.draw(uniforms(item_keys(0, 0, range(n)), op.n), h, w)
+
+
+def least_p(ours, theirs):
+    a, b = columns(ours), columns(theirs)
+    assert list(a) == list(b)
+    return min(p_value(a[k], b[k]) for k in a)
+
+
+drawing = ['subpixel, reflect_101', 'subpixel, replicate', 'affine, whole pixels', 'affine, pixels', 'shift scale rotate', 'one hole',
+           'holes in pixels, colour', 'holes in parts', 'holes larger than the image', 'brightness', 'brightness by mean',
+           'brightness in a safe range', 'random crop']
+
+
+@pytest.mark.parametrize('name', drawing)
+def test_draws_are_distributed_as_albumentations(name):
+    t = make(name)
+    assert least_p(batch_draws(twin(t)), albumentations_draws(t)) > 1e-4
+
+
+@pytest.mark.parametrize('name, wrong', [
+    ('subpixel, reflect_101', dict(rotate=(-14, 15))), ('subpixel, reflect_101', dict(scale=((0.8, 1.18),)*2)),
+    ('affine, whole pixels', dict(unit='side')), ('affine, whole pixels', dict(keep_ratio=True, scale=((0.8, 1.15),)*2)),
+    ('affine, pixels', dict(shift=((-3, 5), (0, 3)))), ('one hole', dict(heights=(15, 16))),
+    ('holes in pixels, colour', dict(holes=(2, 4))), ('holes in pixels, colour', dict(widths=(1, 19))),
+    ('holes in parts', dict(heights=(0.1, 0.39))), ('brightness', dict(contrast=(-0.18, 0.2))),
+    ('brightness in a safe range', dict(safe=False)), ('random crop', dict(width=6))])
+def test_the_comparison_sees_a_wrong_range(name, wrong):
+    t = make(name)
+    assert least_p(batch_draws(replace(twin(t), **wrong)), albumentations_draws(t)) < 1e-6
+
+
+@pytest.mark.parametrize('name', drawing)
+def test_draws_of_one_image_are_independent_where_albumentations_are(name):
+    t = make(name)
+    corr = [np.corrcoef([c for c in columns(par).values() if c.std()]) for par in (batch_draws(twin(t)), albumentations_draws(t))]
+    assert corr[0].shape == corr[1].shape and np.abs(corr[0] - corr[1]).max() < 6/n_draws**0.5
+
+
+@pytest.mark.parametrize('p', [0.3, 0.85, 1, 0])
+def test_probabilities_of_policy_and_transforms_multiply(p):
+    pipe = A.Compose([A.HorizontalFlip(p=0.5), A.VerticalFlip(p=0.2), A.Affine(rotate=5, p=1), A.CoarseDropout(p=0)], p=p)
+    hit = np.zeros((4, n_draws), bool)
+    for row, par in zip(hit, BatchAugment.from_compose(pipe).draw(item_keys(1, 0, range(n_draws)), 32, 32)): row[par['rows']] = True
+    for rate, q in zip(hit.mean(1), (0.5*p, 0.2*p, p, 0)): assert abs(rate - q) <= 4*(q*(1 - q)/n_draws)**0.5
+    both = 0.5*0.2*p  # of the images that are augmented at all, each transform chooses for itself
+    assert abs((hit[0] & hit[1]).mean() - both) <= 4*(both*(1 - both)/n_draws)**0.5
+    img, flips = np.arange(12, dtype=np.uint8).reshape(2, 2, 3), A.Compose(pipe.transforms[:2], p=p)  # albumentations means the same
+    flips.set_random_state(np.random.default_rng(0), random.Random(0))  # one generator: with seed=0 each transform has its own, all alike
+    theirs = np.mean([(flips(image=img)['image'] != img).any() for _ in range(4000)])
+    assert abs(theirs - (hit[0] | hit[1]).mean()) <= 5*0.5/4000**0.5
+
+
+def test_chosen_images_are_chosen_apart():
+    hit = np.zeros((5, n_draws))
+    for row, par in zip(hit, BatchAugment.from_compose(get_policy('reference')).draw(item_keys(0, 0, range(n_draws)), 32, 32)): row[par['rows']] = 1
+    for rate, p in zip(hit.mean(1), (0.3, 0.5, 0.5, 0.2, 1)): assert abs(rate - p) <= 4*(p*(1 - p)/n_draws)**0.5
+    assert abs(np.corrcoef(hit[:4]) - np.eye(4)).max() < 4/n_draws**0.5
+
+
+# --- whole policies
+
+def one_by_one(pipe, op_draws, imgs):
+    "The plain, slow reference: albumentations' own `apply`, image by image, with the batch's draws"
+    outs = []
+    for i, img in enumerate(imgs):
+        for t, par in zip(pipe.transforms, op_draws):
+            if i not in par['rows']: continue
+            mine = {k: v[list(par['rows']).index(i)] for k, v in par.items() if k != 'rows'}
+            h, w = img.shape[:2]
+            if isinstance(t, A.Affine):
+                a, mid = np.deg2rad(mine['rotate']), np.array([w - 1, h - 1])/2
+                m = np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])*mine['scale']
+                m = np.r_[np.c_[m, mid + mine['shift'] - m @ mid], [[0, 0, 1]]]
+                img = t.apply(img, matrix=m, output_shape=(h, w))
+            elif isinstance(t, A.CoarseDropout): img = t.apply(img, holes=mine['holes'], seed=0)
+            elif isinstance(t, A.RandomBrightnessContrast): img = t.apply(img, alpha=mine['alpha'], beta=255*mine['beta'])
+            elif isinstance(t, A.RandomCrop): img = img[mine['y']:, mine['x0']:][:t.height, :t.width]
+            else: img = t(image=img, force_apply=True)['image']
+        outs.append(img)
+    return np.stack(outs)
+
+
+def pad_crop_flip():
+    return A.Compose([A.PadIfNeeded(40, 40, border_mode=reflect_101), A.RandomCrop(32, 32), A.HorizontalFlip(p=0.5)])
+
+
+policies = {**{nm: lambda nm=nm: get_policy(nm) for nm in ('reference', 'reference_mean', 'none')}, 'pad, crop, flip': pad_crop_flip,
+            'with Normalize': lambda: A.Compose([*get_policy('reference').transforms, A.Normalize(MEAN, STD)])}
+
+
+@pytest.mark.parametrize('name', policies)
+@pytest.mark.parametrize('layout', ['channels last', 'contiguous', 'slice'])
+def test_a_batch_is_the_policy_applied_one_by_one(name, layout, photos):
+    pipe = policies[name]()
+    tfm, keys = BatchAugment.from_compose(pipe), item_keys(3, 1, range(128))
+    x = batch(photos, keys)
+    if layout == 'contiguous': x = TensorImage(torch.from_numpy(photos).permute(0, 3, 1, 2).contiguous())
+    if layout == 'slice': x = TensorImage(torch.from_numpy(np.repeat(photos, 2, 2)).permute(0, 3, 1, 2)[..., ::2])
+    x.keys = keys
+    before = x.clone()
+    out, ref = tfm(x, split_idx=0), one_by_one(pipe, tfm.draw(keys, 32, 32), photos)
+    assert (x == before).all() and out.is_contiguous(memory_format=torch.channels_last) and not hasattr(out, 'keys')
+    assert out.data_ptr() != x.data_ptr()
+    diff = abs(back(out).astype(float) - ref)*(255*min(STD) if 'Normalize' in name else 1)
+    assert out.shape == (128, 3, 32, 32) and diff.max() <= 2.001 and (diff > 1e-3).mean() < 1e-3
+
+
+def test_both_paths_agree_in_the_mean(photos):
+    "Mean and spread of every pixel over many draws: order and frequency of the transforms are those of the item path"
+    n, img = 6000, photos[5]
+    item = AlbumentationsTransform(get_policy('reference'))
+    def one(i):
+        token = item_key.set(item_seed(0, 0, i))
+        try: return item(img, split_idx=0)
+        finally: item_key.reset(token)
+    a = np.stack([one(i) for i in range(n)]).astype(np.float32)
+    b = back(augment(BatchAugment.from_compose(get_policy('reference')), np.repeat(img[None], n, 0), item_keys(0, 0, range(n)))).astype(np.float32)
+    z = (a.mean(0) - b.mean(0))/(a.var(0)/n + b.var(0)/n)**0.5
+    spread = abs(a.std(0)/b.std(0) - 1)
+    assert abs(z).max() < 5.5 and z.std() < 2 and spread.mean() < 0.03 and spread.max() < 0.2
+
+
+# --- keys
+
+def test_keys_depend_on_all_their_parts_and_never_collide():
+    parts = [(s, e, n) for s in (0, 1, 2**63) for e in range(5) for n in range(3)]
+    keys = np.concatenate([item_keys(s, e, range(5000), n) for s, e, n in parts])
+    assert keys.dtype == np.uint64 and len(np.unique(keys)) == len(parts)*5000
+    assert (item_keys(0, 0, np.array([4, 2]), [0, 1]) == [item_keys(0, 0, [4])[0], item_keys(0, 0, [2], 1)[0]]).all()
+    assert item_keys(0, 0, np.int32(7)).shape == (1,) and item_keys(0, 0, []).shape == (0,)
+
+
+def test_keys_are_the_same_on_every_machine():
+    assert [hex(k) for k in item_keys(42, 3, [0, 49_999], [0, 1])] == ['0xbe54cce06dd8abf8', '0xf1bf702c91b093b1']
+    np.testing.assert_array_equal(mix64(np.array([0, 1, 2**63], np.uint64)), mix64_plain([0, 1, 2**63]))
+
+
+def mix64_plain(zs):
+    "splitmix64's finaliser in Python's whole numbers"
+    out = []
+    for z in zs:
+        z = (z ^ z >> 30)*0xbf58476d1ce4e5b9 % 2**64
+        z = (z ^ z >> 27)*0x94d049bb133111eb % 2**64
+        out.append(z ^ z >> 31)
+    return np.array(out, np.uint64)
+
+
+@pytest.mark.parametrize('across', ['idx', 'epoch', 'seed', 'nth', 'column'])
+def test_uniform_numbers_look_random(across):
+    n = 40_000
+    keys = {'idx': lambda: item_keys(0, 0, range(n)), 'epoch': lambda: np.concatenate([item_keys(0, e, [5]) for e in range(n)]),
+            'seed': lambda: np.concatenate([item_keys(s, 0, [5]) for s in range(n)]), 'nth': lambda: item_keys(0, 0, np.full(n, 5), range(n)),
+            'column': lambda: item_keys(0, 0, [5])}[across]()
+    u = uniforms(keys, n).reshape(n, 1) if across == 'column' else uniforms(keys, 6)
+    assert u.dtype == np.float64 and u.min() >= 0 and u.max() < 1 and len(np.unique(u)) == u.size
+    assert abs(u.mean(0) - 0.5).max() < 4*(1/12/n)**0.5 and abs(u.var(0) - 1/12).max() < 4*(1/180/n)**0.5
+    lagged = np.c_[u[:-1], u[1:]] if u.shape[1] > 1 else np.stack([u[i:n-8+i, 0] for i in range(8)], 1)
+    corr = np.corrcoef(lagged.T)
+    assert abs(corr - np.eye(len(corr))).max() < 4.5/n**0.5
+    pairs = np.histogram2d(u[:-1, 0], u[1:, 0], bins=16)[0]
+    assert abs(((pairs - pairs.mean())**2/pairs.mean()).sum() - 255) < 5*(2*255)**0.5
+
+
+def test_a_stream_can_be_entered_anywhere():
+    keys = item_keys(0, 0, range(9))
+    np.testing.assert_array_equal(uniforms(keys, 4, first=3), uniforms(keys, 7)[:, 3:])
+
+
+def test_a_key_decides_alone(photos):
+    tfm, keys = BatchAugment.from_compose(get_policy('reference')), item_keys(0, 0, range(128))
+    first = augment(tfm, photos, keys)
+    order = np.random.default_rng(1).permutation(128)
+    assert (augment(tfm, photos[order], keys[order]) == first[order]).all()
+    for size in (1, 7): assert (torch.cat([augment(tfm, photos[i:i+size], keys[i:i+size]) for i in range(0, 128, size)]) == first).all()
+    for twin in (copy.deepcopy(tfm), pickle.loads(pickle.dumps(tfm))): assert (augment(twin, photos, keys) == first).all()
+    other = augment(tfm, photos, item_keys(0, 1, range(128)))
+    assert (other != first).flatten(1).any(1).float().mean() > 0.75
+
+
+def test_equal_images_of_a_batch_become_different(photos):
+    tfm = BatchAugment.from_compose(A.Compose([A.RandomBrightnessContrast(p=1), SubpixelAffine(translate_percent=0.1, rotate=(-20, 20), p=1)]))
+    out = augment(tfm, np.repeat(photos[:1], 128, 0), item_keys(0, 0, range(128)))
+    assert len({im.numpy().tobytes() for im in out}) == 128
+
+
+def test_without_keys_pythons_random_decides(photos):
+    tfm = BatchAugment.from_compose(get_policy('reference'))
+    set_seed(3)
+    a, b = augment(tfm, photos), augment(tfm, photos)
+    set_seed(3)
+    assert (augment(tfm, photos) == a).all() and (a != b).any()
+
+
+@pytest.mark.parametrize('shape', [(32, 32, 3), (5, 7, 3), (9, 9, 1), (8, 3, 4)])
+def test_any_size_and_number_of_channels(shape):
+    imgs = np.random.default_rng(0).integers(0, 256, (40, *shape), dtype=np.uint8)
+    pipe = A.Compose([SubpixelAffine(rotate=20, translate_percent=(-0.1, 0.1), border_mode=reflect_101, p=0.5), A.HorizontalFlip(p=0.5),
+                      A.CoarseDropout((1, 2), (0.1, 0.5), (0.1, 0.5), p=0.5), A.RandomBrightnessContrast(p=0.5)])
+    tfm, keys = BatchAugment.from_compose(pipe), item_keys(0, 0, range(40))
+    ref = one_by_one(pipe, tfm.draw(keys, *shape[:2]), imgs)
+    diff = abs(back(augment(tfm, imgs, keys)).astype(int) - ref.reshape(imgs.shape))
+    assert diff.max() <= 2 and (diff > 0).mean() < 2e-3
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='there is no GPU')
+@pytest.mark.parametrize('name', policies)
+def test_a_gpu_gives_the_same(name, photos):
+    tfm, keys = BatchAugment.from_compose(policies[name]()), item_keys(0, 0, range(128))
+    out = tfm(batch(photos, keys).to('cuda'), split_idx=0)
+    assert out.device.type == 'cuda'
+    diff = abs(out.cpu().float() - augment(tfm, photos, keys).float())
+    assert diff.max() <= 2 and (diff > 1e-4).float().mean() < 1e-2
+
+
+# --- what is refused
+
+class MyFlip(A.HorizontalFlip):
+    def apply(self, img, **params): return img
+
+
+@pytest.mark.parametrize('make, message', [
+    (lambda: A.GaussNoise(), 'GaussNoise of albumentations.* has no twin for whole batches; these have: Affine, SubpixelAffine, '),
+    (lambda: A.OneOf([A.HorizontalFlip()]), 'OneOf of albumentations'),
+    (lambda: A.Sequential([A.HorizontalFlip()]), 'Sequential of albumentations'),
+    (lambda: A.SomeOf([A.HorizontalFlip()], n=1), 'SomeOf of albumentations'),
+    (lambda: A.Compose([A.HorizontalFlip()]), 'Compose of albumentations'),
+    (lambda: MyFlip(), f'MyFlip of {__name__} has no twin'),
+    (lambda: type('Affine', (A.Affine,), {'__module__': 'mine'})(), 'Affine of mine has no twin'),
+    (lambda: A.Affine(shear=(0, 5)), r"Affine: shear is \{'x': \(0.0, 5.0\), 'y': \(0.0, 5.0\)\}, but on whole batches it must be 0"),
+    (lambda: A.Affine(interpolation=cv2.INTER_CUBIC), 'Affine: interpolation is 2, but .* must be cv2.INTER_LINEAR'),
+    (lambda: A.Affine(border_mode=cv2.BORDER_WRAP), 'Affine: border_mode is 3, but .* must be cv2.BORDER_CONSTANT, '),
+    (lambda: A.Affine(border_mode=cv2.BORDER_REFLECT), 'Affine: border_mode is 2, but'),
+    (lambda: A.Affine(fit_output=True), 'Affine: fit_output is True, but .* must be False'),
+    (lambda: A.Affine(balanced_scale=True), 'Affine: balanced_scale is True, but .* must be False'),
+    (lambda: A.Affine(scale=(0, 1)), 'Affine: scale is .* must be above 0'),
+    (lambda: A.Affine(fill=(0.5, 0, 0)), 'Affine: fill is .* must be whole numbers from 0 to 255'),
+    (lambda: SubpixelAffine(), 'SubpixelAffine: translate_percent is None, but .* must be given'),
+    (lambda: A.ShiftScaleRotate(interpolation=0), 'ShiftScaleRotate: interpolation is 0, but'),
+    (lambda: A.CoarseDropout(fill='random'), "CoarseDropout: fill is 'random', but .* must be whole numbers"),
+    (lambda: A.CoarseDropout(fill='inpaint_ns'), "CoarseDropout: fill is 'inpaint_ns', but"),
+    (lambda: A.CoarseDropout(fill=300), 'CoarseDropout: fill is 300'),
+    (lambda: A.CoarseDropout(hole_height_range=(4, 8)), 'CoarseDropout: hole_width_range is .* in pixels or in parts'),
+    (lambda: A.CoarseDropout(max_holes=1), 'CoarseDropout does not know max_holes'),
+    (lambda: A.RandomBrightnessContrast(brightness_by_max=False, ensure_safe_range=True), 'brightness_by_max is False, but'),
+    (lambda: A.RandomCrop(8, 8, pad_if_needed=True), 'RandomCrop: pad_if_needed is True, but .*put a PadIfNeeded before it'),
+    (lambda: A.RandomCrop(8, 8, p=0.5), 'RandomCrop: p is 0.5, but .* must be 1, as all images of a batch have one size'),
+    (lambda: A.CenterCrop(8, 8, p=0.5), 'CenterCrop: p is 0.5'),
+    (lambda: A.PadIfNeeded(40, 40, p=0.5), 'PadIfNeeded: p is 0.5'),
+    (lambda: A.PadIfNeeded(40, 40, position='random'), "PadIfNeeded: position is 'random', but .* must be 'center'"),
+    (lambda: A.PadIfNeeded(None, 40, pad_height_divisor=8), 'PadIfNeeded: pad_height_divisor is 8, but .* must be None'),
+    (lambda: A.PadIfNeeded(40, 40, border_mode=cv2.BORDER_WRAP), 'PadIfNeeded: border_mode is 3'),
+    (lambda: A.Normalize(normalization='image'), "Normalize: normalization is 'image', but .* must be 'standard'"),
+    (lambda: A.Normalize(p=0.5), 'Normalize: p is 0.5'),
+])
+def test_what_has_no_twin_is_refused(make, message):
+    with pytest.raises(ValueError, match=message) as e: BatchAugment.from_compose(A.Compose([quietly(make)]))
+    assert 'does not know' in str(e.value) or "with AlbumentationsTransform (augment='item')" in str(e.value)
+
+
+@pytest.mark.parametrize('make, message', [
+    (lambda: A.Compose([], bbox_params=A.BboxParams('coco')), 'plain A.Compose.* without bbox_params'),
+    (lambda: A.Compose([], keypoint_params=A.KeypointParams('xy')), 'without bbox_params, keypoint_params'),
+    (lambda: A.Compose([], additional_targets={'image2': 'image'}), 'additional_targets'),
+    (lambda: A.ReplayCompose([]), 'ReplayCompose must be a plain A.Compose'),
+    (lambda: A.Sequential([]), 'Sequential must be a plain A.Compose'),
+    (lambda: A.Compose([A.RandomCrop(8, 8)], p=0.5), 'p of Compose is 0.5, but with RandomCrop it must be 1'),
+    (lambda: A.Compose([A.Normalize()], p=0.5), 'p of Compose is 0.5, but with Normalize'),
+    (lambda: A.Compose([A.Normalize(), A.HorizontalFlip()]), 'HorizontalFlip comes after Normalize, which must end a policy'),
+    (lambda: A.Compose([A.ToTensorV2(), A.Normalize()]), 'Normalize comes after ToTensorV2'),
+])
+def test_compositions_that_mean_something_else_are_refused(make, message):
+    with pytest.raises(ValueError, match=message): BatchAugment.from_compose(quietly(make))
+
+
+@pytest.mark.parametrize('bad', [A.HorizontalFlip(), [A.HorizontalFlip()], None])
+def test_only_compositions(bad):
+    with pytest.raises(TypeError, match='a pipeline must be an A.Compose'): BatchAugment.from_compose(bad)
+
+
+@pytest.mark.parametrize('pipe, message', [
+    (A.Compose([A.RandomCrop(40, 20)]), 'the crop is 40x20, but the images are 32x32: pad or resize them first'),
+    (A.Compose([A.CenterCrop(33, 20)]), 'the crop is 33x20'),
+    (A.Compose([A.CoarseDropout((1, 1), (40, 50), (8, 8), p=1)]), 'a hole has 40 pixels or more, but the images 32: give smaller holes'),
+    (A.Compose([A.Affine(rotate=5, fill=(1, 2), p=1)]), r'fill is \(1, 2\), but the images have 3 channels'),
+    (A.Compose([A.CoarseDropout(fill=(1, 2), p=1)]), r'fill is \(1, 2\), but the images have 3 channels')])
+def test_images_that_do_not_fit_the_policy_are_refused(pipe, message, photos):
+    with pytest.raises(ValueError, match=message): augment(BatchAugment.from_compose(pipe), photos)
+
+
+@pytest.mark.parametrize('x, error, message', [
+    (TensorImage(torch.zeros(2, 3, 8, 8)), ValueError, r'uint8 \(B, C, H, W\), got torch.float32 \(2, 3, 8, 8\): put it among the batch_tfms, before'),
+    (TensorImage(torch.zeros(3, 8, 8, dtype=torch.uint8)), ValueError, r'got torch.uint8 \(3, 8, 8\)'),
+    (TensorImage(torch.zeros(0, 3, 8, 8, dtype=torch.uint8)), ValueError, r'got torch.uint8 \(0, 3, 8, 8\)'),
+    (torch.zeros(2, 3, 8, 8, dtype=torch.uint8), TypeError, 'takes a TensorImage .* got Tensor: wrap a tensor in TensorImage'),
+    (TensorImageBase(torch.zeros(2, 3, 8, 8)), TypeError, 'got TensorImageBase'), (np.zeros((2, 8, 8, 3), np.uint8), TypeError, 'got ndarray'),
+    (TensorCategory(3), TypeError, 'got TensorCategory'), ([1], TypeError, 'got list'), (None, TypeError, 'got NoneType'), ((), TypeError, 'got tuple')],
+    ids=lambda x: type(x).__name__ if not isinstance(x, (str, type)) else '')
+@pytest.mark.parametrize('as_batch', [False, True])
+def test_batches_it_cannot_augment_are_refused(x, error, message, as_batch):
+    with pytest.raises(error, match=message): BatchAugment([])((x, TensorCategory(1)) if as_batch else x, split_idx=0)
+
+
+@pytest.mark.parametrize('y', [TensorMask(torch.zeros(128, 32, 32)), TensorPoint(torch.zeros(128, 1, 2)), TensorBBox(torch.zeros(128, 1, 4)),
+                               TensorImage(torch.zeros(128, 3, 32, 32))], ids=lambda y: type(y).__name__)
+def test_targets_that_would_have_to_move_are_refused(y, photos):
+    with pytest.raises(TypeError, match=f'not {type(y).__name__}: the two would no longer match'): BatchAugment([])((batch(photos), y), split_idx=0)
+
+
+@pytest.mark.parametrize('y', [TensorCategory(torch.arange(128)), torch.rand(128), 3, None, 'cat'], ids=lambda y: type(y).__name__)
+def test_other_targets_stay_as_they_are(y, photos):
+    out = BatchAugment.from_compose(get_policy('reference'))((batch(photos), y), split_idx=0)
+    assert type(out) is tuple and out[1] is y
+
+
+def test_keys_of_another_batch_are_refused(photos):
+    with pytest.raises(ValueError, match='128 keys for 5 images'): BatchAugment([])(batch(photos, item_keys(0, 0, range(128)))[:5], split_idx=0)
+
+
+# --- inside fastai
+
+def test_types(photos):
+    tfm = BatchAugment.from_compose(get_policy('reference'))
+    assert type(augment(tfm, photos)) is TensorImage
+    grey = TensorImageBW(torch.from_numpy(photos[..., :1]).permute(0, 3, 1, 2))
+    assert type(BatchAugment.from_compose(A.Compose([A.HorizontalFlip()]))(grey, split_idx=0)) is TensorImageBW
+    out = augment(BatchAugment.from_compose(policies['with Normalize']()), photos)
+    assert type(out) is TensorImageBase and out.dtype == torch.float32
+    x = batch(photos)
+    for split_idx in (None, 1): assert tfm(x, split_idx=split_idx) is x and tfm((x, 1), split_idx=split_idx)[0] is x
+
+
+def test_repr_names_the_ops():
+    s = repr(BatchAugment.from_compose(get_policy('reference')))
+    assert s.startswith('BatchAugment([BatchAffine(scale=((0.8, 1.2), (0.8, 1.2)), shift=((-0.0625, 0.0625), ') and 'BatchFlip' in s
+
+
+def get_image(i): return TensorImage(torch.full((3, 8, 8), 100, dtype=torch.uint8))
+def get_label(i): return i % 2
+
+
+def datablock(tfm):
+    return DataBlock(blocks=(TransformBlock(batch_tfms=IntToFloatTensor), CategoryBlock), get_x=get_image, get_y=get_label,
+                     splitter=IndexSplitter(range(64, 80)), batch_tfms=[Normalize.from_stats(MEAN, STD), tfm])
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_in_a_datablock_it_follows_set_seed_and_leaves_validation_alone(num_workers):
+    def epoch(seed):
+        set_seed(seed)
+        dls = datablock(BatchAugment.from_compose(A.Compose([A.RandomBrightnessContrast(p=1)]))).dataloaders(
+            range(80), bs=16, num_workers=num_workers, device='cpu')
+        valid = torch.cat([x for x, _ in dls.valid])
+        assert torch.allclose(valid*torch.tensor(STD)[:, None, None] + torch.tensor(MEAN)[:, None, None], torch.tensor(100/255), atol=1e-6)
+        return torch.cat([x for x, _ in dls.train])[:, 0, 0, 0]
+    first = epoch(1)
+    assert len(first.unique()) > 30 and (epoch(1) == first).all() and (epoch(2) != first).any()
+
+
+def test_show_batch_and_export(tmp_path, photos):
+    import matplotlib
+    matplotlib.use('agg')
+    tfm = BatchAugment.from_compose(get_policy('reference'))
+    big = datablock(BatchAugment.from_compose(A.Compose([A.HorizontalFlip(), A.CoarseDropout()])))
+    dls = big.dataloaders(range(80), bs=16, device='cpu')
+    dls.show_batch(max_n=4)
+    assert [*map(type, dls.train.after_batch.fs)] == [BatchAugment, IntToFloatTensor, Normalize]
+    learn = Learner(dls, nn.Sequential(nn.Flatten(), nn.Linear(192, 2)), loss_func=nn.CrossEntropyLoss(), path=tmp_path)
+    with learn.no_logging(): learn.fit(1)
+    learn.export('m.pkl')
+    loaded = quietly(lambda: load_learner(tmp_path/'m.pkl'))
+    assert 'BatchFlip' in repr(next(t for t in loaded.dls.train.after_batch.fs if isinstance(t, BatchAugment)))
+    keys = item_keys(0, 0, range(128))
+    assert (augment(pickle.loads(pickle.dumps(tfm)), photos, keys) == augment(tfm, photos, keys)).all()
