@@ -1,5 +1,8 @@
 "The fast layers against the plain ones, the number format, the optimizer, and Learners that use them"
 import copy
+import platform
+import subprocess
+import sys
 from functools import partial
 
 import numpy as np
@@ -12,7 +15,8 @@ from fastai.optimizer import SGD
 from fastai.torch_core import set_seed
 from torch import nn
 
-from s9_fastai.fast import Autocast, FastBatchNorm2d, FastDropout, FastSGD, FoldedBatchNorm, fast_layers, fold_rows, number_format
+from s9_fastai.fast import (Autocast, FastBatchNorm2d, FastDropout, FastSGD, FoldedBatchNorm, fast_layers, fold_rows,
+                            keep_freed_memory, number_format)
 from s9_fastai.learner import get_recipe, s9_learner
 from s9_fastai.net import Net
 from s9_fastai.test_utils import synth_dls, synth_groups, synth_learner
@@ -243,6 +247,30 @@ def test_predictions_without_labels():
     learn = synth_learner(model=Net()).to_fast()
     dl = learn.dls.test_dl([learn.dls.valid_ds[0][0]])
     assert learn.get_preds(dl=dl)[0].shape == (1, 10) and not torch.is_autocast_enabled('cpu')
+
+
+# --- memory
+
+def test_freed_memory_is_kept_where_the_allocator_is_glibcs(monkeypatch):
+    assert keep_freed_memory() == (platform.libc_ver()[0] == 'glibc')
+    monkeypatch.setattr('sys.platform', 'darwin')
+    assert keep_freed_memory() is False
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='page faults are counted for glibc alone')
+def test_a_step_takes_no_new_pages():
+    code = '''import resource, torch
+from s9_fastai.fast import fast_layers, keep_freed_memory
+from s9_fastai.net import Net
+keep_freed_memory()
+net, x = fast_layers(Net()).to(memory_format=torch.channels_last), torch.randn(64, 3, 32, 32)
+for i in range(8):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    net(x).sum().backward()
+    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+print(faults)'''
+    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True, capture_output=True, text=True).stdout
+    assert int(out) < 500  # thousands without it
 
 
 # --- the optimizer

@@ -69,6 +69,17 @@ def test_the_same_seed_gives_the_same_run(run, tmp_path):
     assert (tmp_path/'b'/'log.txt').read_text() == (run[1]/'log.txt').read_text()
 
 
+def test_whole_batches_and_plain_layers(tmp_path):
+    "The other way of each switch; with and without workers the same weights"
+    for w in (0, 2):
+        done = command('s9_train', '--data', 'sample', '--epochs', 1, '--bs', 250, '--augment', 'batch', '--compute', 'plain', '--workers', w, '--out', tmp_path/str(w))
+        assert done.returncode == 0, done.stderr
+    a, b = (load_file(tmp_path/w/'weights.safetensors') for w in '02')
+    assert all((a[k] == b[k]).all() for k in a)
+    told = json.loads((tmp_path/'0'/'recipe.json').read_text())
+    assert (told['augment'], told['compute'], told['number_format']) == ('batch', 'plain', 'float32')
+
+
 def test_every_field_of_the_recipe_is_an_option():
     text = command('s9_train', '--help').stdout
     for f in fields(Recipe): assert f'--{f.name.replace("_", "-")} ' in text

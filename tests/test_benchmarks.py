@@ -1,0 +1,36 @@
+"The measuring scripts run; what they measure is not judged here"
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+folder = Path(__file__).resolve().parent.parent/'benchmarks'
+scripts = sorted(f.stem for f in folder.glob('*.py'))
+
+
+def run(*args, **env):
+    return subprocess.run([sys.executable, '-W', 'ignore', *map(str, args)], cwd=folder, capture_output=True, text=True,
+                          env={**os.environ, **env})
+
+
+def test_all_import():
+    done = run('-c', f'import {", ".join(scripts)}')
+    assert len(scripts) > 8 and done.returncode == 0, done.stderr
+
+
+def test_a_run_prints_a_table_and_appends_lines(tmp_path):
+    args = '--data sample --images 300 --workers 0 --reps 1 --contestants fastai item batch --out'.split()
+    for n in (1, 2):
+        done = run('loaders.py', *args, tmp_path/'results')
+        assert done.returncode == 0 and '| batch path, 1 process ' in done.stdout, done.stderr
+        lines = [json.loads(o) for o in (tmp_path/'results'/'loaders.jsonl').read_text().splitlines()]
+        assert len(lines) == 3*n
+    o = lines[-1]
+    assert o['n'] == 1 and o['values'] == [o['median']] and o['unit'] == 'images/s' and o['settings']['images'] == 300
+    assert {'hardware', 'versions', 'commit', 'command', 'date'} <= o.keys() and o['command'].startswith('python benchmarks/loaders.py')
+
+
+def test_without_data_it_says_so():
+    done = run('epochs.py', S9_CIFAR10='')
+    assert done.returncode == 2 and 'S9_CIFAR10' in done.stderr.splitlines()[-1] and done.stdout == ''
