@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
 from tempfile import TemporaryDirectory
+from time import sleep
 
 import cv2
 import numpy as np
@@ -25,7 +26,19 @@ from s9_fastai.cifar import CLASSES, fastai_dir, load_cifar
 from s9_fastai.train import complain, environment
 
 here = Path(__file__).resolve().parent
-load = os.getloadavg()[0] if hasattr(os, 'getloadavg') else None  # of others: we have not begun
+
+
+@cache
+def busy_cores():
+    "Cores that are busy before a script begins, measured for a second; None where there is no /proc/stat"
+    def ticks(): return [int(v) for v in Path('/proc/stat').read_text().split(maxsplit=9)[1:9]]
+    try:
+        before = ticks()
+        sleep(1)
+        spent = [b - a for a, b in zip(before, ticks())]
+    except OSError: return None
+    idle = spent[3] + spent[4]  # waiting for a disk is idle too
+    return round(os.cpu_count()*(1 - idle/max(sum(spent), 1)), 2)
 
 
 def options(doc, reps):
@@ -53,8 +66,8 @@ def parse(p):
     if 'data' in args and not args.data: p.error('no data: name the full CIFAR-10 in S9_CIFAR10, or give --data')
     if 'data' in args and args.data != 'sample' and not Path(args.data).expanduser().exists():
         p.error(f'no data: {args.data} is not there')
-    if load and load > 0.5:  # threads wait for each other, so a step may take 20 times as long
-        print(f'{p.prog}: load {load:.1f} before the start: if something else still runs, the figures are wrong',
+    if (busy := busy_cores() or 0) > 0.2:  # threads wait for each other, so a step may take 20 times as long
+        print(f'{p.prog}: {busy} cores are busy with something else, so the figures will be wrong',
               file=sys.stderr)
     torch.set_num_threads(args.threads)
     return args
@@ -181,7 +194,8 @@ def versions(*names):
 def facts():
     "What all lines of a run have in common: hardware, versions, commit, command, date"
     env = environment()
-    hardware = dict(cpu=env.pop('cpu'), cores=os.cpu_count(), threads=env.pop('threads'), load_before=load)
+    hardware = dict(cpu=env.pop('cpu'), cores=os.cpu_count(), threads=env.pop('threads'),
+                    busy_cores_before=busy_cores())
     env.update(versions('pillow', 'opencv-python-headless', 'kornia'))
     command = shlex.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]])
     return dict(hardware=hardware, versions=env, commit=git_commit(), command=command,

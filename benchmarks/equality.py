@@ -47,6 +47,7 @@ def main():
     p.add_argument('--images', type=int, help='training images, drawn once; not given: all')
     args = parse(p)
     if args.reps < 2: p.error(f'--reps is {args.reps}, but a deviation needs 2 seeds or more')
+    if PLAIN not in args.contestants: p.error(f'--contestants must name {PLAIN}, the reference')
     source, runs = get_source(args.data, args.images), {k: [] for k in args.contestants}
     for seed, key in product(range(args.reps), runs):
         runs[key].append(history(key, seed, args.epochs, source))

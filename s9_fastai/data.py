@@ -24,7 +24,7 @@ from .augment import AlbumentationsTransform, get_policy, item_key, item_seed
 from .batch_augment import BatchAugment, item_keys
 from .readers import ImageReader, LabelReader
 
-# %% ../nbs/03_data.ipynb #3b28012d
+# %% ../nbs/03_data.ipynb #790523b6
 class KeyedDL(TfmdDL):
     "A `TfmdDL` whose order depends on (seed, epoch) and whose augmentation on (seed, epoch, image) alone"
     def __init__(self,
@@ -36,6 +36,7 @@ class KeyedDL(TfmdDL):
         self.seed = random.getrandbits(63) if seed is None else seed
         # the epoch under way (-1: none yet), the loaders made from this one, how often the present image came before
         self.epoch, self.n_new, self.nth = -1, 0, 0
+        self.drawn = []  # the items of the batch that is being made: (place in the data set, how often it came before)
         super().__init__(dataset, bs=bs, **kwargs)
 
     def randomize(self): self.epoch += 1
@@ -67,7 +68,7 @@ class KeyedDL(TfmdDL):
 # %% ../nbs/03_data.ipynb #ad140bf0
 def _tfms(pipe): return getattr(pipe, 'fs', [pipe])  # a `Pipeline`, or any function in its place
 
-# %% ../nbs/03_data.ipynb #53a2d0fd
+# %% ../nbs/03_data.ipynb #4b638d23
 class CifarDL(KeyedDL):
     "A `KeyedDL` that makes batches straight from the arrays of `cifar_block`, where nothing else was put in between"
     def create_batches(self, samps):
@@ -80,10 +81,12 @@ class CifarDL(KeyedDL):
         "Are items and transforms those of `cifar_block`?"
         tls, items = getattr(self.dataset, 'tls', []), getattr(self.dataset, 'items', None)
         kinds = [[type(t) for t in tl.tfms.fs] for tl in tls]
-        own = {'create_item', 'create_batch', 'do_batch'} & vars(self).keys()  # functions that somebody handed in
-        return (kinds == [[ImageReader], [LabelReader, Categorize]] and tuple(self.dataset.vocab) == CLASSES
-                and {type(t) for t in _tfms(self.after_item)} <= {AlbumentationsTransform, ToTensor} and not own
-                and not _tfms(self.before_batch) and self.bs and all(issubclass(t, Integral) for t in {*map(type, items)}))
+        own = {'create_item', 'create_batch', 'do_batch', 'retain'} & vars(self).keys()  # functions that were handed in
+        return (type(self) is CifarDL and kinds == [[ImageReader], [LabelReader, Categorize]]
+                and tuple(self.dataset.vocab) == CLASSES
+                and {type(t) for t in _tfms(self.after_item)} <= {AlbumentationsTransform, ToTensor}
+                and not own and not _tfms(self.before_batch) and self.bs
+                and all(issubclass(t, Integral) for t in {*map(type, items)}))
 
     def direct_batch(self, chunk):
         "Image and label tensors of `chunk`, a list of (place in the data set, how often it came before)"
@@ -91,9 +94,25 @@ class CifarDL(KeyedDL):
         x, y = self.dataset.tls[0].tfms.fs[0].look_up_all(self.numbers[places])
         x = self.augmented(x, chunk)
         if isinstance(x, np.ndarray): x = TensorImage(torch.from_numpy(x).permute(0, 3, 1, 2))  # (B, 3, H, W)
-        if not any(isinstance(t, BatchAugment) for t in _tfms(self.after_batch)): x = x.contiguous()
-        elif self.after_batch.split_idx == 0: x.keys = item_keys(self.seed, self.epoch, places, nths)
-        return x, TensorCategory(torch.from_numpy(y))
+        if not self.whole_batches(): x = x.contiguous()
+        return self.with_keys((x, TensorCategory(torch.from_numpy(y))), places, nths)
+
+    def whole_batches(self): return any(isinstance(t, BatchAugment) for t in _tfms(self.after_batch))
+
+    def with_keys(self, b, places, nths):
+        "The batch `b`, its images with a key each if `BatchAugment` is going to draw for them"
+        if self.whole_batches() and self.after_batch.split_idx == 0 and len(b[0]) == len(places):
+            b[0].keys = item_keys(self.seed, self.epoch, places, nths)
+        return b
+
+    # fastai's way, item by item
+    def do_item(self, s):
+        if (o := super().do_item(s)) is not None: self.drawn.append((s or 0, self.nth))
+        return o
+
+    def do_batch(self, b):
+        drawn, self.drawn = self.drawn, []
+        return self.with_keys(super().do_batch(b), *zip(*drawn))
 
     def augmented(self, x, chunk):
         "`x` (B, H, W, 3) through Albumentations, image by image; a tensor if the pipeline ends with `ToTensorV2`"
@@ -122,12 +141,13 @@ def augmentation(
     if augment not in tfms: raise ValueError(f"augment is {augment!r}, but must be 'item' or 'batch'")
     return tfms[augment](get_policy(policy) if isinstance(policy, str) else policy)
 
-# %% ../nbs/03_data.ipynb #1bee6e15
+# %% ../nbs/03_data.ipynb #baadb4b9
 class RowNormalize(Normalize):
     "fastai's `Normalize`, a row of pixels at a time where a batch is channels_last"
     def encodes(self, x:TensorImage):
         xb = x.as_subclass(torch.Tensor)  # each call on a fastai tensor costs some microseconds
-        if xb.is_contiguous() or not xb.is_contiguous(memory_format=torch.channels_last): return (x - self.mean)/self.std
+        is_rows = not xb.is_contiguous() and xb.is_contiguous(memory_format=torch.channels_last)
+        if not is_rows: return (x - self.mean)/self.std
         mean, std = (o.as_subclass(torch.Tensor).flatten().repeat(xb.shape[3]) for o in (self.mean, self.std))  # (W*C,)
         xb = (xb.permute(0, 2, 3, 1).flatten(2) - mean).div_(std)  # (B, H, W*C)
         return xb.unflatten(2, (x.shape[3], -1)).permute(0, 3, 1, 2).as_subclass(type(x))  # (B, C, H, W)
@@ -150,7 +170,7 @@ def cifar_block(
         item_tfms=tfm if on_items else None,
         batch_tfms=[*([] if on_items else [tfm]), RowNormalize.from_stats(MEAN, STD)])
 
-# %% ../nbs/03_data.ipynb #23ef1d48
+# %% ../nbs/03_data.ipynb #287acb8e
 @delegates(augmentation)
 def cifar_dls(
     path=None, # Folder, archive or 'sample'; None: searched for, see `load_cifar`
@@ -161,8 +181,8 @@ def cifar_dls(
     cache_dir=None, # Where decoded images are kept; None: beside fastai's data
     **kwargs
 )->DataLoaders: # uint8 images become float32 (B, 3, 32, 32), normalised, on `device`
-    """CIFAR-10 from `path` as `DataLoaders`, the last batch partial; ValueError for a bad `bs`, `num_workers` or `seed`,
-    and as `augmentation`"""
+    """CIFAR-10 from `path` as `DataLoaders`, the last batch partial; ValueError for a bad `bs`, `num_workers` or
+    `seed`, and as `augmentation`"""
     for nm, v, least in (('bs', bs, 1), ('num_workers', num_workers, 0), ('seed', 0 if seed is None else seed, 0)):
         if isinstance(v, bool) or not isinstance(v, int) or v < least:
             raise ValueError(f'{nm} is {v!r}, but must be a whole number of at least {least}')

@@ -4,19 +4,27 @@ import os
 import pickle
 import subprocess
 import sys
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 from fastai.data.core import TfmdDL
 from fastai.data.load import fa_collate
+from fastai.callback import progress  # its import gives every Learner its bars
 from fastai.data.transforms import Normalize
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.optimizer import SGD
 from fastai.torch_core import TensorCategory, TensorImage, set_seed
 from fasttransform import Transform
 from PIL import Image
 
 from s9_fastai.cifar import CLASSES, MEAN, STD, Cifar10, Split, load_cifar
-from s9_fastai.data import KeyedDL, cifar_block, cifar_dls
+from s9_fastai.data import CifarDL, KeyedDL, RowNormalize, cifar_block, cifar_dls
+from s9_fastai.learner import get_recipe, s9_learner
+from s9_fastai.net import Net
+from s9_fastai.schedule import StepLR
 from s9_fastai.readers import ImageArray, ImageReader, LabelReader
 from s9_fastai.test_utils import synth_images
 import albumentations as A
@@ -257,6 +265,10 @@ def test_it_steps_aside_for_anything_else(mk, tiny):
     mine = dls.train.new(create_batch=lambda b: seen.append(len(b)) or fa_collate(b))
     assert not mine.is_direct() and len(list(mine)) == 3 and seen == [24, 24, 16]
     assert not dls.train.new(before_batch=lambda b: b[:5]).is_direct()
+    assert not dls.train.new(retain=lambda res, b: res).is_direct()
+    class Mine(CifarDL):
+        def create_batch(self, b): return super().create_batch(b[:3])
+    assert [len(x) for x, _ in dls.train.new(cls=Mine)] == [3, 3, 3]
 
 
 def test_images_of_many_sizes_are_an_error(mk):
@@ -288,12 +300,20 @@ def test_whole_batches_leave_the_test_images_alone(mk):
 
 def test_whole_batches_are_channels_last_uint8_up_to_the_batch_transforms(mk):
     dls, seen = mk(augment='batch'), []
-    inner = dls.train.after_batch
     x, _ = dls.one_batch()
     assert x.is_contiguous(memory_format=torch.channels_last) and not hasattr(x, 'keys')
-    dls.train.after_batch = lambda b: seen.append(b) or inner(b)
+    class Spy(Transform):
+        def encodes(self, x:TensorImage): return seen.append(x) or x
+    dls.train.after_batch.fs.insert(0, Spy())
     next(iter(dls.train))
-    assert (seen[0][0].dtype, seen[0][0].shape) == (torch.uint8, (24, 3, 32, 32))
+    assert (seen[0].dtype, seen[0].shape, len(seen[0].keys)) == (torch.uint8, (24, 3, 32, 32), 24)
+    assert seen[0].is_contiguous(memory_format=torch.channels_last)
+
+
+def test_whole_batches_follow_the_seed_on_fastais_way_too(mk):
+    short, long = (mk(augment='batch', seed=5) for _ in range(2))
+    long.train.is_direct = lambda: False
+    for _ in range(2): assert digests(short.train) == digests(long.train)
 
 
 def test_looking_at_whole_batches_changes_nothing(mk):
@@ -360,3 +380,22 @@ def test_bad_arguments(kw, msg):
 def test_a_policy_of_your_own(mk):
     assert isinstance(mk(light).train, KeyedDL)
     with pytest.raises(TypeError, match='wrap it in A.Compose'): mk(A.HorizontalFlip())
+
+
+# --- plain means plain
+
+def test_the_plain_way_is_fastais_own_to_the_bit(mk):
+    "The recipe's `compute='plain'` against fastai's SGD and Normalize, and batches made item by item"
+    def weights(ours):
+        set_seed(0)
+        dls = mk()
+        if ours: learn = s9_learner(dls, get_recipe(compute='plain', wd=0.01))
+        else:
+            for dl in dls:
+                dl.is_direct = lambda: False
+                dl.after_batch.fs[:] = [Normalize.from_stats(MEAN, STD) if isinstance(t, RowNormalize) else t for t in dl.after_batch.fs]
+            learn = Learner(dls, Net(), loss_func=CrossEntropyLossFlat(), opt_func=partial(SGD, mom=0.9), lr=0.05, wd=0.01, cbs=StepLR())
+        with learn.no_bar(), learn.no_logging(): learn.fit(2)
+        return learn.model.state_dict()
+    a, b = weights(True), weights(False)
+    assert all(torch.equal(a[k], b[k]) for k in a)
