@@ -130,7 +130,7 @@ def has_kornia(): return find_spec('kornia') is not None
 
 def loader_name(key, workers):
     "How tables call a loader"
-    return f'{TITLES[key]}, {"1 process" if workers == 0 else f"{workers} workers"}'
+    return f'{TITLES[key]}, {"1 process" if workers == 0 else "1 worker" if workers == 1 else f"{workers} workers"}'
 
 
 def check_batch(xb, yb, bs):

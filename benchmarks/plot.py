@@ -59,8 +59,9 @@ def legend(fig, lines):
     "Colours for who, line styles for how, above the panels"
     seen = {o['settings']['contestant'].partition('-')[0] for o in lines}
     who = [Line2D([], [], color=c, marker=m, label=nm) for k, (nm, c, m) in LOOKS.items() if k in seen]
-    how = [Line2D([], [], color='k', ls=ls, label=nm) for nm, ls in
-           (('right: 2 workers', 'dashed'), ('right: plain compute', 'dotted'))]
+    ways = {o['settings']['contestant'].partition('-')[2] for o in lines}
+    how = [Line2D([], [], color='k', ls=STYLES[k], label=nm) for k, nm in
+           (('2', 'right: 2 workers'), ('plain', 'right: plain compute')) if k in ways]
     fig.legend(handles=who + how, loc='outside upper center', ncols=4, frameon=False, fontsize=9)
 
 
