@@ -34,7 +34,7 @@ class Recipe:
     norm:str = _default(Net, 'norm')  # 'bn', 'gn' or 'ln'
     dropout:float = _default(Net, 'dropout')  # 0 to below 1
     policy:str = _default(cifar_dls, 'policy')  # Augmentation, a key of `POLICIES`
-    augment:str = _default(cifar_dls, 'augment')  # 'item' by item, or whole 'batch'es, which is faster
+    augment:str = _default(cifar_dls, 'augment')  # 'item': image by image; 'batch': whole batches, which is faster
     compute:str = 'fast'  # 'fast': `Learner.to_fast`; 'plain': float32 in torch's own layers
     bs:int = _default(cifar_dls, 'bs')  # Images a batch
     epochs:int = 100  # Passes over the training images
