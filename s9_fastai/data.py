@@ -72,6 +72,7 @@ def _tfms(pipe): return getattr(pipe, 'fs', [pipe])  # a `Pipeline`, or any func
 class CifarDL(KeyedDL):
     "A `KeyedDL` that makes batches straight from the arrays of `cifar_block`, where nothing else was put in between"
     def create_batches(self, samps):
+        self.drawn = []  # an epoch before may have left items of a batch that was dropped or broken off
         if not self.is_direct(): return super().create_batches(samps)
         self.numbers = np.array(self.dataset.items)  # of the images in both splits
         counted = ((s, self.nth) for s in samps)  # `sample` counts as it goes
@@ -112,7 +113,7 @@ class CifarDL(KeyedDL):
 
     def do_batch(self, b):
         drawn, self.drawn = self.drawn, []
-        return self.with_keys(super().do_batch(b), *zip(*drawn))
+        return self.with_keys(super().do_batch(b), *np.array(drawn, np.int64).reshape(-1, 2).T)
 
     def augmented(self, x, chunk):
         "`x` (B, H, W, 3) through Albumentations, image by image; a tensor if the pipeline ends with `ToTensorV2`"

@@ -310,10 +310,13 @@ def test_whole_batches_are_channels_last_uint8_up_to_the_batch_transforms(mk):
     assert seen[0].is_contiguous(memory_format=torch.channels_last)
 
 
-def test_whole_batches_follow_the_seed_on_fastais_way_too(mk):
-    short, long = (mk(augment='batch', seed=5) for _ in range(2))
+@pytest.mark.parametrize('drop_last', [False, True])
+def test_whole_batches_follow_the_seed_on_fastais_way_too(mk, drop_last):
+    short, long = (mk(augment='batch', seed=5, drop_last=drop_last) for _ in range(2))
     long.train.is_direct = lambda: False
     for _ in range(2): assert digests(short.train) == digests(long.train)
+    x, _ = long.train.do_batch([long.train_ds[0]])  # by hand: nobody knows the item's number
+    assert not hasattr(x, 'keys')
 
 
 def test_looking_at_whole_batches_changes_nothing(mk):
