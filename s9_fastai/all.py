@@ -10,6 +10,10 @@ from s9_fastai.summary import *
 from s9_fastai.fast import *
 from s9_fastai.schedule import *
 from s9_fastai.record import *
+from s9_fastai.environment import *
+from s9_fastai.state import *
+from s9_fastai.resume import *
+from s9_fastai.checkpoint import *
 from s9_fastai.learner import *
 from s9_fastai.interpret import *
 from s9_fastai.train import *

@@ -36,17 +36,22 @@ class KeyedDL(TfmdDL):
         self.seed = random.getrandbits(63) if seed is None else seed
         # the epoch under way (-1: none yet), the loaders made from this one, how often the present image came before
         self.epoch, self.n_new, self.nth = -1, 0, 0
+        self.begin = (-1, 0)  # an epoch that begins later, since a run goes on in it, and how many batches later
         self.drawn = []  # the items of the batch that is being made: (place in the data set, how often it came before)
         super().__init__(dataset, bs=bs, **kwargs)
 
-    def randomize(self): self.epoch += 1
+    def randomize(self):
+        self.epoch += 1
+        # for the seeds of workers; else each start of an epoch would draw from torch's generator, also one that goes on
+        self.fake_l.generator = torch.Generator().manual_seed(item_seed(self.seed, self.epoch, -4) >> 65)
 
     def sample(self):  # every worker walks through the whole epoch, so all of them count alike
-        seen = {}
+        seen, left_out = {}, self.begin[1] if self.begin[0] == self.epoch else 0
         for i, s in enumerate(self._DataLoader__idxs):
             self.nth = seen.get(s, 0)
             seen[s] = self.nth + 1
-            if i//(self.bs or 1) % self.num_workers == self.offs: yield s
+            batch = i//(self.bs or 1) - left_out
+            if batch >= 0 and batch % self.num_workers == self.offs: yield s
 
     def shuffle_fn(self, idxs): return random.Random(item_seed(self.seed, self.epoch, -1)).sample(idxs, len(idxs))
 

@@ -12,7 +12,7 @@ from fastai.callback.core import Callback
 from fastai.learner import AvgLoss, Recorder, _maybe_item
 from fastcore.foundation import L
 
-from .files import append_text
+from .files import append_text, cut_file
 
 # %% ../nbs/06_record.ipynb #60873c29
 class EpochRecorder(Recorder):
@@ -73,7 +73,8 @@ class RunLog(Callback):
     def __init__(self,
         run_dir, # Folder, made if it is not there
     ):
-        self.run_dir, self.n_done = Path(run_dir), 0
+        # `n_done`: epochs that are written down; `sizes`: bytes of each file with them
+        self.run_dir, self.n_done, self.sizes = Path(run_dir), 0, {}
         self.run_dir.mkdir(parents=True, exist_ok=True)
 
     def before_fit(self):
@@ -90,7 +91,7 @@ class RunLog(Callback):
         n = rec.loss.count
         text = format_epoch(self.n_done, *self.last, row['train_accuracy'], row['valid_loss'],
                             round(row['valid_accuracy']*n), n, self.next_lr())
-        append_text(self.run_dir/'log.txt', text)
+        self.append('log.txt', text)
         self.write_row({'epoch': self.n_done, **row, 'time': rec.log[-1]})
 
     def next_lr(self):
@@ -99,6 +100,18 @@ class RunLog(Callback):
         return step.rates(self.epoch + 1)[-1] if step is not None and step.active else self.opt.hypers[-1]['lr']
 
     def write_row(self, row):
-        path = self.run_dir/"history.csv"
-        if not path.exists(): append_text(path, ','.join(row) + '\n')
-        append_text(path, ','.join(map(str, row.values())) + '\n')
+        path = self.run_dir/'history.csv'
+        head = '' if path.exists() and path.stat().st_size else ','.join(row) + '\n'
+        self.append('history.csv', head + ','.join(map(str, row.values())) + '\n')
+
+    def append(self, name, text): self.sizes[name] = append_text(self.run_dir/name, text)
+
+    def resumed(self):
+        "Take off the lines of epochs that are about to be repeated; ValueError where earlier ones are gone"
+        for nm in ('log.txt', 'history.csv'):
+            path, size = self.run_dir/nm, self.sizes.get(nm, 0)
+            there = path.stat().st_size if path.exists() else 0
+            if there < size:
+                raise ValueError(f'{path} has {there} bytes, but had {size} when the run stopped: put the file back, '
+                                 'or name a new folder')
+            if there > size: cut_file(path, size)

@@ -203,7 +203,7 @@ def test_lr_find_leaves_no_trace(mk, tmp_path):
     np.testing.assert_allclose(lrs, 1e-5*1e5**(np.arange(30)/30), rtol=1e-5)  # no step of StepLR in between
     assert torch.equal(flat(learn), before)
     for a, b in zip(learn.opt.state_dict()['state'], state['state']): assert torch.equal(a['grad_avg'], b['grad_avg'])
-    assert sorted(os.listdir(tmp_path/'run')) == ['history.csv', 'log.txt'] and (tmp_path/'run'/'log.txt').read_text() == text
+    assert sorted(os.listdir(tmp_path/'run')) == ['checkpoints', 'history.csv', 'log.txt'] and (tmp_path/'run'/'log.txt').read_text() == text
     learn.fit(2)
     assert [float(r[8]) for r in log(tmp_path/'run')] == [0.025, 0.0125]*2 and learn.recorder.lrs[0] == 0.05
 
@@ -410,7 +410,7 @@ def test_interpretation(trained):
     for t, p in zip(targs, preds.argmax(1)): ref[t, p] += 1
     np.testing.assert_array_equal(cm, ref)
     losses, idxs = interp.top_losses(5)
-    each = F.nll_loss(preds.log(), targs, reduction='none')
+    each = F.cross_entropy(trained.get_preds(act=noop)[0], targs, reduction='none')
     np.testing.assert_allclose(losses, np.sort(each)[::-1][:5], rtol=1e-4)
     np.testing.assert_allclose(each[idxs], losses, rtol=1e-4)
     interp.plot_confusion_matrix(), interp.plot_top_losses(4), interp.most_confused()

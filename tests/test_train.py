@@ -33,7 +33,7 @@ def run(tmp_path_factory):
 
 
 def test_run_folder_is_complete(run):
-    names = ['curves.png', 'history.csv', 'log.txt', 'misclassified.png', 'recipe.json', 'weights.safetensors']
+    names = ['checkpoints', 'curves.png', 'history.csv', 'log.txt', 'misclassified.png', 'recipe.json', 'weights.safetensors']
     assert sorted(p.name for p in run[1].iterdir()) == names
 
 

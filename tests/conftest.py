@@ -1,0 +1,33 @@
+"The table of faults: each test of a fault shows the message that a user gets, and the table has it word for word"
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+tables = Path(__file__).parent/'data'/'faults'
+
+
+def pytest_addoption(parser):
+    parser.addoption('--write-faults', action='store_true', help='write the messages that users get into tests/data/faults, instead of comparing them')
+
+
+def own_words(text): return re.sub(r'\([^()]*\)', '()', text)  # in round brackets are the words of libraries, which change
+
+
+@pytest.fixture
+def fault(request, tmp_path):
+    "A function of (group, fault, message) that compares the message with the table's row, or writes that row"
+    def show(group, what, message):
+        message = ' '.join(str(message).split()).replace(str(tmp_path), '…')
+        assert message, 'a fault without a message'
+        path, test = tables/f'{group}.json', request.node.nodeid.split('[')[0]
+        table = json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+        if request.config.getoption('--write-faults'):
+            table[what] = dict(test=test, message=message)
+            tables.mkdir(exist_ok=True)
+            path.write_text(json.dumps(table, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
+        row = table.get(what)
+        assert row, f'no row {what!r} in {path.name}: run pytest --write-faults'
+        assert (test, own_words(message)) == (row['test'], own_words(row['message'])), 'the table is old: run pytest --write-faults'
+    return show
