@@ -4,34 +4,38 @@
 
 # %% auto #0
 __all__ = ['ARRAYS', 'SAMPLE', 'source_key', 'fingerprint', 'as_cifar', 'write_cache', 'open_cache', 'build_entry',
-           'cache_errors', 'load_cached', 'fastai_dir', 'download', 'find_source', 'load_cifar', 'CLASSES', 'MEAN',
-           'STD', 'Split', 'Cifar10']
+           'cache_errors', 'remove_entry', 'load_cached', 'fastai_dir', 'fetch', 'check_download', 'download',
+           'given_path', 'find_source', 'load_cifar', 'CLASSES', 'MEAN', 'STD', 'Split', 'Cifar10']
 
-# %% ../nbs/01_cifar.ipynb #c27eca8e
+# %% ../nbs/01_cifar.ipynb #d129e259
 import hashlib, json, os, shutil, warnings
-from contextlib import contextmanager, nullcontext, redirect_stdout
+from contextlib import contextmanager
 from importlib import resources
-from io import StringIO
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import numpy as np
-from fastai.data.external import URLs, fastai_path, untar_data
+import fastai.data, numpy as np
+from fastai.data.external import URLs, fastai_path
+from fastcore.net import urlopen
+from fastdownload.core import checks_module, path_stats, read_checks
+from fastprogress.fastprogress import progress_bar
 
-from .layouts import CLASSES, MEAN, SPLITS, STD, Cifar10, Split, folder_files, one_line, read_source, show_bars
+from .layouts import (CLASSES, MEAN, SPLITS, STD, Cifar10, Split, check_python, folder_files, is_there, one_line,
+                               read_errors, read_source, show_bars, shown)
 
 _all_ = ['CLASSES', 'MEAN', 'STD', 'Split', 'Cifar10']  # the facts, for whoever imports this room
 
-# %% ../nbs/01_cifar.ipynb #b6bcae59
+# %% ../nbs/01_cifar.ipynb #aed95829
 def source_key(
     src:Path # A folder or an archive
 ) -> str: # 'cifar10-' and 16 hex digits
-    "A name for the state of `src` now; `ValueError` as `folder_root`"
-    files = folder_files(src) if src.is_dir() else {('archive',): src}
-    h = hashlib.blake2b(f'format 1: {src.resolve()}'.encode(), digest_size=8)
-    for p,f in sorted(files.items()):
-        st = os.stat(f) if f else None
-        h.update(repr((p, st and (st.st_size, st.st_mtime_ns))).encode())
+    "A name for the state of `src` now; `ValueError` as `folder_root`, `OSError` as `read_errors`"
+    with read_errors(src):
+        files = folder_files(src) if src.is_dir() else {('archive',): src}
+        h = hashlib.blake2b(b'format 1: ' + os.fsencode(src.resolve()), digest_size=8)
+        for p,f in sorted(files.items()):
+            st = os.stat(f) if f else None
+            h.update(repr((p, st and (st.st_size, st.st_mtime_ns))).encode())
     return f'cifar10-{h.hexdigest()}'
 
 # %% ../nbs/01_cifar.ipynb #6e8af792
@@ -73,7 +77,7 @@ def write_cache(
         f.flush()
         os.fsync(f.fileno())
 
-# %% ../nbs/01_cifar.ipynb #58e3834f
+# %% ../nbs/01_cifar.ipynb #de7ce671
 def open_cache(
     folder:Path, # What `write_cache` wrote
     source:str # What it was read from
@@ -84,8 +88,8 @@ def open_cache(
         arrays = {n: np.load(folder/f'{n}.npy', mmap_mode='r', allow_pickle=False) for n in ARRAYS}
         bad = [n for n in ARRAYS if prints[n] != fingerprint(arrays[n])]
     except Exception as e:  # numpy parses a file's header as Python text: damage there may raise anything
-        raise ValueError(f'{folder}: the cache is damaged ({one_line(e)})') from e
-    if bad: raise ValueError(f'{folder}: the cache is damaged ({", ".join(bad)} not as written)')
+        raise ValueError(f'{shown(folder)}: the cache is damaged ({one_line(e)})') from e
+    if bad: raise ValueError(f'{shown(folder)}: the cache is damaged ({", ".join(bad)} not as written)')
     return as_cifar(arrays, prints, source)
 
 # %% ../nbs/01_cifar.ipynb #09ca90b6
@@ -100,7 +104,7 @@ def build_entry(
         except OSError:
             if not dst.exists(): raise  # else another process was faster, and its entry is as good
 
-# %% ../nbs/01_cifar.ipynb #b051c368
+# %% ../nbs/01_cifar.ipynb #ca733f4c
 @contextmanager
 def cache_errors(
     cache_dir:Path # Where entries are kept
@@ -108,10 +112,18 @@ def cache_errors(
     "Give an `OSError` in the block a message that names `cache_dir` and the remedy"
     try: yield
     except OSError as e:
-        raise OSError(f'{cache_dir}: the cache cannot be written there ({e}); choose another folder with cache_dir, or '
-                      'with the environment variable FASTAI_HOME') from e
+        raise OSError(f'{shown(cache_dir)}: the cache cannot be written there ({one_line(e)}); choose another folder '
+                      'with cache_dir, or with the environment variable FASTAI_HOME') from e
 
-# %% ../nbs/01_cifar.ipynb #62a297e6
+# %% ../nbs/01_cifar.ipynb #75deae98
+def remove_entry(
+    dst:Path # An entry, or a file or a link in its place
+):
+    "Remove `dst`; in a folder, what cannot be removed stays"
+    if dst.is_dir() and not dst.is_symlink(): shutil.rmtree(dst, ignore_errors=True)
+    else: dst.unlink(missing_ok=True)
+
+# %% ../nbs/01_cifar.ipynb #d8e4cc83
 def load_cached(
     src:Path, # A folder or an archive
     cache_dir:Path, # Where entries are kept
@@ -120,50 +132,99 @@ def load_cached(
     "`src` from its entry in `cache_dir`, made if need be, with a bar if `progress`; else `ValueError` or `OSError`"
     dst, splits = cache_dir/source_key(src), None
     for _ in range(3):  # again only if another process writes or removes this very entry in the same moment
-        if dst.exists():
-            try: return open_cache(dst, str(src))
-            except ValueError as e:
-                warnings.warn(f'{e}; it is made again from {src}')
-                shutil.rmtree(dst, ignore_errors=True)
         with cache_errors(cache_dir):
+            if is_there(dst):
+                try: return open_cache(dst, str(src))
+                except ValueError as e:
+                    warnings.warn(f'{e}; it is made again from {shown(src)}')
+                    remove_entry(dst)
             cache_dir.mkdir(parents=True, exist_ok=True)
             TemporaryDirectory(dir=cache_dir, prefix='building-').cleanup()
         splits = splits or read_source(src, progress)
         with cache_errors(cache_dir): build_entry(splits, dst)
-    return open_cache(dst, str(src))
+    try: return open_cache(dst, str(src))
+    except ValueError as e: raise OSError(f'{e} and cannot be replaced; remove it, or choose another cache_dir') from e
 
-# %% ../nbs/01_cifar.ipynb #d02960c8
+# %% ../nbs/01_cifar.ipynb #601a73e9
 def fastai_dir(
     key:str # 'data' or 'archive'
 ) -> Path: # The folder, which may not exist yet
-    "fastai's folder for `key`; `OSError` if fastai cannot keep its settings file"
-    try: return fastai_path(key)
-    except OSError as e:
-        home = os.getenv('FASTAI_HOME', '~/.fastai')
-        raise OSError(f'{home}: fastai cannot keep its settings there ({e}); set FASTAI_HOME to a folder that can be '
-                      'written') from e
+    "fastai's folder for `key`; `OSError` if fastai cannot keep its settings file, or cannot make sense of it"
+    try: return Path(fastai_path(key))
+    except Exception as e:  # the settings are a file that somebody may have edited
+        home = shown(os.getenv('FASTAI_HOME', '~/.fastai'))
+        raise OSError(f'{home}: fastai cannot keep its settings there ({one_line(e)}); set FASTAI_HOME to a folder '
+                      'that can be written, or remove a damaged config.ini from it') from e
 
-# %% ../nbs/01_cifar.ipynb #3daa3b9a
+# %% ../nbs/01_cifar.ipynb #6324bcb9
+def fetch(
+    url:str, # What to get
+    dest:Path, # The file to write
+    progress:bool=False, # Show a progress bar?
+    timeout:float=60 # Seconds without a byte after which to give up
+):
+    "Write what is at `url` to `dest`, with a bar if `progress` and the server says how much it is; else an error"
+    with urlopen(url, timeout=timeout) as r, open(dest, 'wb') as f:
+        total = int(r.headers.get('Content-Length', 0))
+        bar = progress_bar([], total=total) if total and show_bars(progress) else None
+        while block := r.read(2**16):
+            if bar and not f.tell(): bar.update(0)
+            f.write(block)
+            if bar: bar.update(f.tell())
+        if f.tell() < total: raise OSError(f'cut off after {f.tell()} of {total} bytes')
+
+# %% ../nbs/01_cifar.ipynb #f5a31e05
+def check_download(
+    path:Path, # What was downloaded
+    url:str, # Where it came from
+    progress:bool=False # Show a progress bar while decoding?
+):
+    "`ValueError` unless `path` is what fastai knows of `url`, if anything, and `read_source` reads it"
+    known, got = read_checks(checks_module(fastai.data)).get(url), path_stats(path)
+    if known and tuple(known) != got:
+        raise ValueError('got {} bytes with the checksum {}, expected {} with {}'.format(*got, *known))
+    try: read_source(path, progress)
+    except ValueError as e: raise ValueError(str(e).removeprefix(f'{shown(path)}: ')) from e
+
+# %% ../nbs/01_cifar.ipynb #5dce7720
 def download(
-    progress:bool=True # Show fastai's progress bar?
-) -> Path: # The unpacked folder
-    "CIFAR-10 by `untar_data`, with its bar if `progress`; `FileNotFoundError` that names the other ways"
-    quiet = nullcontext() if show_bars(progress) else redirect_stdout(StringIO())
+    progress:bool=True # Show a progress bar?
+) -> Path: # The archive
+    "CIFAR-10 in fastai's archive folder, got anew and checked; `FileNotFoundError` that names the other ways"
+    data, arch = fastai_dir('data')/'cifar10', fastai_dir('archive')/'cifar10.tgz'
     try:
-        with quiet: return Path(untar_data(URLs.CIFAR))
-    except Exception as e:  # an OSError from the network, a plain Exception from fastdownload
-        data, arch = fastai_dir('data')/'cifar10', fastai_dir('archive')/'cifar10.tgz'
+        check_python(arch)
+        arch.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(dir=arch.parent, prefix='downloading-') as tmp:
+            new = Path(tmp)/arch.name
+            fetch(URLs.CIFAR, new, progress)
+            check_download(new, URLs.CIFAR, progress)
+            with open(new, 'r+b') as f: os.fsync(f.fileno())
+            os.replace(new, arch)
+        return arch
+    except Exception as e:  # whatever the network, the disk and the archive come up with
         raise FileNotFoundError(
-            f'CIFAR-10 not found: no path given, S9_CIFAR10 not set, nothing at {data} or {arch}, and the download of '
-            f'{URLs.CIFAR} failed ({one_line(e)}). Give a path (folder or archive, in fastai or torchvision layout), '
-            f"set S9_CIFAR10 to one, put the archive at {arch}, or use the embedded sample: load_cifar('sample'), "
-            'on the command line --data sample') from e
+            f'CIFAR-10 not found: no path given, S9_CIFAR10 not set, nothing at {shown(data)} or {shown(arch)}, and '
+            f'the download of {URLs.CIFAR} failed ({one_line(e)}). Give a path (folder or archive, in fastai or '
+            f'torchvision layout), set S9_CIFAR10 to one, put the archive at {shown(arch)}, or use the embedded '
+            "sample: load_cifar('sample'), on the command line --data sample") from e
 
 # %% ../nbs/01_cifar.ipynb #aff5b79b
 #: 2,000 training and 500 test images; `tools/make_sample.py` wrote it, `data/README.md` tells more
 SAMPLE = Path(str(resources.files('s9_fastai')))/'data'/'cifar10_sample.tar.bz2'
 
-# %% ../nbs/01_cifar.ipynb #c62e8c5d
+# %% ../nbs/01_cifar.ipynb #3c676935
+def given_path(
+    path:str|Path, # As somebody wrote it; `~` is a home folder
+    what:str # What it is, for the error
+) -> Path: # With the home folder's name
+    "`path`; `ValueError` if it is empty or in the home of nobody"
+    if not str(path): raise ValueError(f"{what} is '', which names nothing; give a path, '.' for the current folder")
+    try: return Path(path).expanduser()
+    except RuntimeError as e:
+        raise ValueError(f'{what} is {shown(path)}, and there is no such home folder ({e}); write it out') from e
+
+# %% ../nbs/01_cifar.ipynb #a5530da2
 def find_source(
     path:str|Path|None=None, # Folder, archive or 'sample'; `None`: `S9_CIFAR10`, fastai's own folder, a download
     progress:bool=True # Show a progress bar while downloading?
@@ -172,14 +233,17 @@ def find_source(
     who = 'S9_CIFAR10: ' if path is None else ''
     if path is None: path = os.environ.get('S9_CIFAR10') or None
     if path is not None:
-        p = SAMPLE if str(path) == 'sample' else Path(path).expanduser()
-        if p.exists(): return p
-        raise FileNotFoundError(f'{who}{path}: no such file or folder; give one with CIFAR-10, or the word "sample"')
+        p = SAMPLE if str(path) == 'sample' else given_path(path, f'{who}the path of CIFAR-10')
+        with read_errors(p): there = is_there(p)
+        if p.is_file() or p.is_dir(): return p
+        what = 'not a file or a folder, but a pipe or a device' if there else 'no such file or folder'
+        raise FileNotFoundError(f'{who}{shown(path)}: {what}; give one with CIFAR-10, or the word "sample"')
     for p in (fastai_dir('data')/'cifar10', fastai_dir('archive')/'cifar10.tgz'):
-        if p.exists(): return p
+        with read_errors(p):
+            if is_there(p): return p
     return download(progress)
 
-# %% ../nbs/01_cifar.ipynb #bf1ca25f
+# %% ../nbs/01_cifar.ipynb #84a4edc5
 def load_cifar(
     path:str|Path|None=None, # Folder, archive or 'sample'; `None`: `S9_CIFAR10`, fastai's own folder, a download
     cache_dir:str|Path|None=None, # Where decoded images are kept; `None`: `s9_fastai` in fastai's data folder
@@ -188,7 +252,7 @@ def load_cifar(
     "CIFAR-10 at `path`, cached in `cache_dir`, bars if `progress`; `FileNotFoundError`, `ValueError` or `OSError`"
     src = find_source(path, progress)
     if src != SAMPLE:
-        cache_dir = fastai_dir('data')/'s9_fastai' if cache_dir is None else Path(cache_dir).expanduser()
+        cache_dir = fastai_dir('data')/'s9_fastai' if cache_dir is None else given_path(cache_dir, 'cache_dir')
         return load_cached(src, cache_dir, progress)
     arrays = dict(zip(ARRAYS, (a for s in read_source(src) for a in s)))  # quick to decode: no cache, no place to write
     for a in arrays.values(): a.flags.writeable = False

@@ -6,6 +6,7 @@
 __all__ = ['ImageArray', 'CifarReader', 'ImageReader', 'LabelReader']
 
 # %% ../nbs/02_readers.ipynb #b64049bf
+import os, warnings
 from pathlib import Path
 
 import numpy as np, torch
@@ -15,6 +16,7 @@ from fastai.vision.core import TensorImage
 from fasttransform import Transform
 
 from .cifar import CLASSES, Cifar10, load_cifar
+from .layouts import is_there, one_line, read_errors, shown
 
 # %% ../nbs/02_readers.ipynb #6dda0569
 class ImageArray(np.ndarray):
@@ -60,9 +62,30 @@ class ImageReader(CifarReader):
 
     def encodes(self, o):
         if isinstance(o, (int, np.integer)): return self.look_up(o)[0].view(ImageArray)
-        if isinstance(o, (str, Path)): o = Image.open(o)
         if isinstance(o, np.ndarray): o = self.from_array(o)
-        return np.asarray(ImageOps.fit(o.convert('RGB'), (32, 32), Image.Resampling.BILINEAR)).view(ImageArray)
+        im = self.from_file(o) if isinstance(o, (str, Path)) else self.to_rgb(o, getattr(o, 'filename', 0) or 'image')
+        return np.asarray(ImageOps.fit(im, (32, 32), Image.Resampling.BILINEAR)).view(ImageArray)
+
+    def from_file(self, path):
+        with read_errors(path): what = 'not a file' if is_there(path) else 'no such file'
+        if not os.path.isfile(path): raise FileNotFoundError(f'{shown(path) or "(empty)"}: {what}; give an image file')
+        with warnings.catch_warnings():  # PIL only warns of what is large, up to twice its limit
+            warnings.simplefilter('error', Image.DecompressionBombWarning)
+            try: im = Image.open(path)
+            except Exception as e: raise self.unreadable(path, e) from e
+        with im: return self.to_rgb(im, path)
+
+    def to_rgb(self, im, name):
+        if 0 in im.size: raise ValueError(f'{shown(name)}: {im.width}x{im.height} pixels, at least 1x1 are needed')
+        if im.mode in ('I', 'F'):
+            raise ValueError(f'{shown(name)}: mode {im.mode}, whose white is not known; scale it to 0..255, as uint8')
+        try:  # 16 bits: PIL's convert would cut at 255, so that all but the darkest pixels are white
+            if im.mode.startswith('I;16'): im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8))
+            return im.convert('RGB')
+        except Exception as e: raise self.unreadable(name, e) from e
+
+    def unreadable(self, name, e):  # PIL's readers raise many types of errors
+        return ValueError(f'{shown(name)}: cannot be read as an image ({one_line(e)}); give a sound one of usual size')
 
     def from_array(self, o):
         if o.dtype != np.uint8 or o.ndim not in (2, 3) or o.shape[2:] not in ((), (1,), (3,), (4,)):
