@@ -18,7 +18,7 @@ from fastai.vision.core import LabeledBBox, PILBase, PILMask, TensorBBox, Tensor
 from fasttransform import ItemTransform
 
 import albumentations as A, cv2  # after fastai, whose star import would bring another A
-from .layouts import MEAN
+from .facts import MEAN
 
 # %% ../nbs/01_augment.ipynb #6b9e050d
 def item_seed(

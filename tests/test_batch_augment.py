@@ -20,7 +20,7 @@ from torch import nn
 from s9_fastai.augment import AlbumentationsTransform, SubpixelAffine, get_policy, item_key, item_seed
 from s9_fastai.batch_augment import BatchAugment, item_keys, mix64, read_policy, uniforms
 from s9_fastai.cifar import load_cifar
-from s9_fastai.layouts import MEAN, STD
+from s9_fastai.facts import MEAN, STD
 import albumentations as A
 
 n_draws = 20_000

@@ -1,4 +1,4 @@
-"Guards of s9_fastai.layouts and cifar: every layout gives the same arrays, the cache survives, and nothing bad is let in"
+"Guards of s9_fastai.layouts, the rooms below it and cifar: every layout gives the same arrays, the cache survives, and nothing bad is let in"
 import importlib.util
 import os
 import pickle
@@ -16,8 +16,12 @@ from PIL import Image
 
 import s9_fastai.cifar as cifar
 import s9_fastai.layouts as layouts
+from s9_fastai.archives import archive_files
 from s9_fastai.cifar import SAMPLE, find_source, load_cifar, open_cache, source_key
-from s9_fastai.layouts import BATCHES, CLASSES, SPLITS, ArrayUnpickler, archive_files, decode_png, read_source
+from s9_fastai.facts import BATCHES, CLASSES, SPLITS
+from s9_fastai.layouts import read_source
+from s9_fastai.pickles import ArrayUnpickler
+from s9_fastai.png import decode_png
 
 root = Path(__file__).resolve().parent.parent
 needs_data = pytest.mark.skipif(not os.environ.get('S9_CIFAR10'), reason='S9_CIFAR10 does not name the full CIFAR-10')

@@ -27,8 +27,10 @@ from test_cifar import assert_same, deep, deep_rgb, evil_pickles, home, png, tar
 
 import s9_fastai.cifar as cifar
 import s9_fastai.layouts as layouts
+from s9_fastai.archives import archive_files
 from s9_fastai.cifar import load_cifar, source_key
-from s9_fastai.layouts import BATCHES, decode_png
+from s9_fastai.facts import BATCHES, shown
+from s9_fastai.png import decode_png
 from s9_fastai.readers import ImageReader
 from s9_fastai.train import main_train
 
@@ -163,10 +165,10 @@ def test_a_neighbour_that_cannot_be_read_does_no_harm(tiny, monkeypatch, refusal
     def stat(p, **kw):
         if 'lost+found' in str(p): raise PermissionError(13, 'Permission denied', str(p))
         return real(p, **kw)
-    monkeypatch.setattr(layouts.os, 'stat', stat)
+    monkeypatch.setattr(os, 'stat', stat)
     assert layouts.folder_root(tiny.parent) == tiny
     shutil.rmtree(tiny)
-    monkeypatch.setattr(layouts.os.path, 'isdir', lambda p: True)
+    monkeypatch.setattr(os.path, 'isdir', lambda p: True)
     assert 'lost+found' in refusal(tiny.parent)
 
 
@@ -180,7 +182,7 @@ def test_names(tiny, tmp_path, refusal, fault, what, name):
     fault('images', f'an image whose name has {what}', nothing + 'it is read as any other')
     image.write_bytes(b'not good')
     message = refusal(tiny)
-    assert layouts.shown(image.name) in message and '\n' not in message
+    assert shown(image.name) in message and '\n' not in message
     assert refusal(tar_of(tiny, tmp_path/'a.tgz')).split(': ', 1)[1] == message.split(': ', 1)[1]
     fault('images', f'a bad image whose name has {what}', message)
 
@@ -197,13 +199,13 @@ def test_paths(tmp_path, refusal, fault, what, name):
     entry = cache/source_key(src)
     (entry/'meta.json').write_text('{')
     with pytest.warns(UserWarning) as w: load_cifar(src, cache)
-    assert layouts.shown(entry) in str(w[0].message) and str(w[0].message).isprintable()
+    assert shown(entry) in str(w[0].message) and str(w[0].message).isprintable()
     fault('images', f'a path with {what}', nothing + 'data, archive and cache may have it')
     missing = refusal(tmp_path/name/'gone')
-    assert f'{layouts.shown(tmp_path/name)}/gone: no such file or folder' in missing
+    assert f'{shown(tmp_path/name)}/gone: no such file or folder' in missing
     fault('images', f'a missing path with {what}', missing)
     (src/'train'/'cat'/'1_cat.png').write_bytes(b'not good')
-    assert refusal(src).startswith(f'{layouts.shown(src)}: train/cat/1_cat.png: not a PNG')
+    assert refusal(src).startswith(f'{shown(src)}: train/cat/1_cat.png: not a PNG')
 
 
 def permission_script(*cases):
@@ -302,7 +304,7 @@ def test_files_to_predict(tmp_path, read, fault, monkeypatch, what):
             warnings.simplefilter('error', UserWarning)
             read(o)
         assert type(e.value) is exc and str(e.value).isprintable() and snapshot(tmp_path) == before
-        assert str(e.value).startswith(layouts.shown(path) + ': ') and msg in str(e.value)
+        assert str(e.value).startswith(shown(path) + ': ') and msg in str(e.value)
     fault('images', what, e.value)
 
 
@@ -454,8 +456,8 @@ def test_archives_that_swell(tmp_path, refusal, fault, what):
 
 def test_an_archive_of_too_many_members(tiny, tmp_path, refusal, fault, monkeypatch):
     tgz = tar_of(tiny, tmp_path/'a.tgz')
-    assert layouts.archive_files.__defaults__ == (2**29,)
-    monkeypatch.setattr(layouts.archive_files, '__defaults__', (100_000,))
+    assert archive_files.__defaults__ == (2**29,)
+    monkeypatch.setattr(archive_files, '__defaults__', (100_000,))
     message = refusal(tgz)
     assert message == f'{tgz}: more than 100000 bytes of members; unpack it and give the folder'
     fault('archives', 'an archive of more than memory can hold', message.replace('100000', str(2**29)))

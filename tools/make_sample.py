@@ -13,8 +13,10 @@ import tarfile
 from io import BytesIO
 from pathlib import Path
 
+from s9_fastai.archives import archive_files
 from s9_fastai.cifar import SAMPLE
-from s9_fastai.layouts import CLASSES, SPLITS, archive_files, file_bytes, folder_files, image_order
+from s9_fastai.facts import CLASSES, SPLITS
+from s9_fastai.layouts import file_bytes, folder_files, image_order
 
 SIZES = {'train': 200, 'test': 50}  # images of each class
 MTIME = 1230768000                  # 2009-01-01, the year of the report that describes CIFAR-10
