@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 
 from s9_fastai.cifar import CLASSES, fastai_dir, load_cifar
-from s9_fastai.train import complain, environment
+from s9_fastai.command import complain
+from s9_fastai.environment import environment
 
 here = Path(__file__).resolve().parent
 
@@ -194,6 +195,7 @@ def versions(*names):
 def facts():
     "What all lines of a run have in common: hardware, versions, commit, command, date"
     env = environment()
+    env.pop('deterministic')  # no option of these scripts
     hardware = dict(cpu=env.pop('cpu'), cores=os.cpu_count(), threads=env.pop('threads'),
                     busy_cores_before=busy_cores())
     env.update(versions('pillow', 'opencv-python-headless', 'kornia'))

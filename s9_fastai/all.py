@@ -12,6 +12,7 @@ from s9_fastai.schedule import *
 from s9_fastai.record import *
 from s9_fastai.environment import *
 from s9_fastai.state import *
+from s9_fastai.saved import *
 from s9_fastai.resume import *
 from s9_fastai.checkpoint import *
 from s9_fastai.learner import *

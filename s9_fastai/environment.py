@@ -29,6 +29,12 @@ def environment()->dict: # Text or a number by name
             'threads': torch.get_num_threads(), 'deterministic': torch.are_deterministic_algorithms_enabled()}
 
 # %% ../nbs/00_environment.ipynb #4e81b997
+def _short(a, b):
+    "The texts `a` and `b`, if they are long only where they differ, and a little around it"
+    if max(map(len, (a, b))) < 60: return a, b
+    same = max(len(os.path.commonprefix([a, b])) - 20, 0)
+    return tuple(('…' if same else '') + o[same:same + 60] + ('…' if len(o) > same + 60 else '') for o in (a, b))
+
 def changes(
     then:dict, # What was written down
     now:dict, # What is
@@ -36,7 +42,7 @@ def changes(
     "The fields of `then` and `now` that differ"
     names = [*then, *(k for k in now if k not in then)]
     values = {k: tuple(o.get(k, 'nothing') for o in (then, now)) for k in names}
-    return {k: f'{k} was {a}, is {b}' for k, (a, b) in values.items() if a != b}
+    return {k: '{} was {}, is {}'.format(k, *_short(str(a), str(b))) for k, (a, b) in values.items() if a != b}
 
 # %% ../nbs/00_environment.ipynb #a49e9c7f
 def use_deterministic():

@@ -6,7 +6,7 @@
 __all__ = ['RECIPES', 'Recipe', 'get_recipe', 'check_batches', 's9_learner']
 
 # %% ../nbs/08_learner.ipynb #252954df
-import inspect, math
+import inspect
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
@@ -27,41 +27,55 @@ from .schedule import StepLR, lr_scheduler
 # %% ../nbs/08_learner.ipynb #fceadd8e
 def _default(f, name): return inspect.signature(f).parameters[name].default
 
+# the least and the most of each number; what is of type float stays below the most
+_ranges = dict(n_channels=(2, 1024), dropout=(0, 1), bs=(1, 2**20), epochs=(1, 99_999), lr=(1e-12, 1000), mom=(0, 1),
+               wd=(0, 1000), step_size=(1, 1_000_000), gamma=(1e-12, 1000))
+
+def _span(f): # such as `0 to below 1`
+    return (' to below ' if f.type is float else ' to ').join(map(str, _ranges[f.name]))
+
 # %% ../nbs/08_learner.ipynb #c10dad08
 @dataclass(frozen=True)
 class Recipe:
     "What a training run does; ValueError, at once, where a value is not allowed"
-    n_channels:int = _default(Net, 'n_channels')  # Channels of the wide layers; even
-    norm:str = _default(Net, 'norm')  # 'bn', 'gn' or 'ln'
-    dropout:float = _default(Net, 'dropout')  # 0 to below 1
-    policy:str = _default(cifar_dls, 'policy')  # Augmentation, a key of `POLICIES`
+    n_channels:int = _default(Net, 'n_channels')  # Channels of the wide layers: an even number, 2 to 1024
+    norm:str = _default(Net, 'norm')  # Normalisation: 'bn' (batch), 'gn' (group) or 'ln' (layer)
+    dropout:float = _default(Net, 'dropout')  # Part of the values that dropout makes zero: 0 to below 1
+    policy:str = _default(cifar_dls, 'policy')  # Augmentation: 'reference', 'reference_mean' or 'none'
     augment:str = _default(cifar_dls, 'augment')  # 'item': image by image; 'batch': whole batches, which is faster
-    compute:str = 'fast'  # 'fast': `Learner.to_fast`; 'plain': float32 in torch's own layers
-    bs:int = _default(cifar_dls, 'bs')  # Images a batch
-    epochs:int = 100  # Passes over the training images
-    lr:float = 0.05  # Learning rate of the first epoch
-    mom:float = 0.9  # Momentum of SGD, 0 to below 1
-    wd:float = 0.  # Weight decay, fastai's decoupled kind; 0 for none
-    sched:str = _default(lr_scheduler, 'mode')  # 'step', 'plateau' or 'none'
-    step_size:int = _default(StepLR, 'step_size')  # Epochs between two steps
-    gamma:float = _default(StepLR, 'gamma')  # Factor of a step
+    compute:str = 'fast'  # 'fast': faster layers, bfloat16 where the hardware has it; 'plain': torch's, in float32
+    bs:int = _default(cifar_dls, 'bs')  # Images a batch: 1 to 1048576
+    epochs:int = 100  # Passes over the training images: 1 to 99999
+    lr:float = 0.05  # Learning rate of the first epoch: 1e-12 to below 1000
+    mom:float = 0.9  # Momentum of SGD: 0 to below 1
+    wd:float = 0.  # Weight decay, fastai's decoupled kind: 0 to below 1000
+    sched:str = _default(lr_scheduler, 'mode')  # Falls of lr: 'step' (each step_size), 'plateau' (of the loss), 'none'
+    step_size:int = _default(StepLR, 'step_size')  # Epochs from one step to the next: 1 to 1000000
+    gamma:float = _default(StepLR, 'gamma')  # Factor of a step: 1e-12 to below 1000, below 1 for 'plateau'
 
     def __post_init__(self):
-        for f in fields(self): self._check_type(f, getattr(self, f.name))
-        inf = math.inf
-        for nm, low, high in (('epochs', 1, inf), ('bs', 1, inf), ('lr', 1e-12, inf), ('mom', 0, 1), ('wd', 0, inf)):
-            if not low <= (v := getattr(self, nm)) < high:
-                upper = 'finite' if high == inf else f'below {high}'
-                raise ValueError(f'{nm} is {v!r}, but must be at least {low} and {upper}')
-        if self.compute not in ('fast', 'plain'):
-            raise ValueError(f"compute is {self.compute!r}, but must be 'fast' or 'plain'")
-        augmentation(self.policy, self.augment), self.scheduler()
+        for f in fields(self): self._check(f, getattr(self, f.name))
+        for nm, ok in (('compute', ('fast', 'plain')), ('sched', ('step', 'plateau', 'none'))):
+            if (v := getattr(self, nm)) not in ok:
+                raise ValueError(f'{nm} is {v!r}, but must be {" or ".join(map(repr, ok))}')
+        augmentation(self.policy, self.augment), self._check_rate(*self.scheduler())
         with torch.device('meta'): self.net()  # looks at the arguments, makes no weights and draws no random number
 
-    def _check_type(self, f, v):
+    def _check(self, f, v):
         ok = (int, float) if f.type is float else f.type
         if isinstance(v, bool) or not isinstance(v, ok):
             raise ValueError(f'{f.name} is {v!r}, but must be of type {f.type.__name__}')
+        if f.name not in _ranges: return
+        least, most = _ranges[f.name]
+        if not (least <= v < most or v == most and f.type is int):
+            raise ValueError(f'{f.name} is {v!r}, but must be {_span(f)}')
+
+    def _check_rate(self, sched=None):
+        "ValueError if the steps take the rate out of its range while the run lasts"
+        top = sched.rate(float(self.lr), self.epochs) if isinstance(sched, StepLR) else 0
+        if not top < _ranges['lr'][1]:
+            raise ValueError(f'gamma is {self.gamma!r}, which makes lr {top:.1e} within {self.epochs} epochs, but it '
+                             f"must stay below {_ranges['lr'][1]}: take a lower gamma or a larger step_size")
 
     def net(self)->Net: return Net(self.n_channels, norm=self.norm, dropout=self.dropout)
     def scheduler(self)->list: return lr_scheduler(self.sched, step_size=self.step_size, gamma=self.gamma)
@@ -78,6 +92,7 @@ def get_recipe(
     if isinstance(recipe, str):
         if recipe not in RECIPES: raise ValueError(f'recipe is {recipe!r}, but must be one of {", ".join(RECIPES)}')
         recipe = RECIPES[recipe]
+    if not isinstance(recipe, Recipe): raise ValueError(f'recipe is {recipe!r}, but must be a name or a Recipe')
     known = [f.name for f in fields(Recipe)]
     for k in overrides:
         if k not in known: raise ValueError(f'a recipe has no field {k!r}: its fields are {", ".join(known)}')
@@ -88,8 +103,12 @@ def check_batches(
     dls:DataLoaders, # From `cifar_dls`
     recipe:Recipe, # Its `norm` decides
 ):
-    "ValueError where a training batch of one image would meet batch norm, which needs two to compare"
+    """ValueError where a training batch of one image would meet batch norm, which needs two to compare, or where there
+    is no batch"""
     n, bs = len(dls.train.dataset), dls.train.bs
+    if dls.train.drop_last and n < bs:
+        raise ValueError(f'bs is {bs}, but there are only {n} training images, and a batch that is not full is left '
+                         f'out: take a bs of at most {n}, or drop_last=False')
     if recipe.norm == 'bn' and not dls.train.drop_last and (n % bs == 1 or bs == 1):
         raise ValueError(f'bs is {bs}, so that a batch of the {n} training images has only 1 image, of which batch '
                          f"norm can make nothing: take another bs, such as {bs + 1}, or norm='gn'")
@@ -101,13 +120,14 @@ def s9_learner(
     run_dir=None, # Folder for log, history and checkpoints of a new run or one to go on with; None: none are written
     save_every:int|None=None, # Save a checkpoint after so many batches too; None: after each epoch
     force:bool=False, # Go on although settings have changed since the run in `run_dir` stopped?
-    **kwargs # For `Learner`, such as `cbs` or `path`
+    **kwargs # For `Learner`, such as `cbs` or `path`, or `opt_func` in place of the recipe's
 )->Learner:
     "A `Learner` that follows `recipe` on `dls`: `learn.fit(100)` is the experiment, or the rest of it"
     recipe = get_recipe(recipe)
     check_batches(dls, recipe)
-    learn = Learner(dls, recipe.net(), loss_func=CrossEntropyLossFlat(), opt_func=partial(FastSGD, mom=recipe.mom),
-                    lr=recipe.lr, wd=recipe.wd, **{'metrics': accuracy, **kwargs})
+    own = dict(loss_func=CrossEntropyLossFlat(), opt_func=partial(FastSGD, mom=recipe.mom), lr=recipe.lr, wd=recipe.wd,
+               metrics=accuracy)
+    learn = Learner(dls, recipe.net(), **{**own, **kwargs})
     if recipe.compute == 'fast': learn.to_fast()
     learn.recipe = recipe
     learn.remove_cb(learn.recorder)

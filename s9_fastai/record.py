@@ -108,10 +108,13 @@ class RunLog(Callback):
 
     def resumed(self):
         "Take off the lines of epochs that are about to be repeated; ValueError where earlier ones are gone"
-        for nm in ('log.txt', 'history.csv'):
-            path, size = self.run_dir/nm, self.sizes.get(nm, 0)
-            there = path.stat().st_size if path.exists() else 0
-            if there < size:
-                raise ValueError(f'{path} has {there} bytes, but had {size} when the run stopped: put the file back, '
+        sizes = {self.run_dir/nm: self.sizes.get(nm, 0) for nm in ('log.txt', 'history.csv')}
+        there = {p: p.stat().st_size if p.exists() else 0 for p in sizes}
+        for p, size in sizes.items():
+            if type(size) is not int or size < 0:
+                raise ValueError(f'{p} cannot have had {size!r} bytes, as the checkpoint says: use another copy of it')
+            if there[p] < size:
+                raise ValueError(f'{p} has {there[p]} bytes, but had {size} when the run stopped: put the file back, '
                                  'or name a new folder')
-            if there > size: cut_file(path, size)
+        for p, size in sizes.items():  # only now, when nothing is refused any more
+            if there[p] > size: cut_file(p, size)

@@ -4,19 +4,22 @@
 
 # %% auto #0
 __all__ = ['random_state', 'load_random_state', 'loader_state', 'load_loader_state', 'learner_state', 'load_learner_state',
-           'Place', 'SkipTo']
+           'SkipTo']
 
-# %% ../nbs/06_resume.ipynb #34b55bde
-import random
-from typing import NamedTuple
+# %% ../nbs/06_resume.ipynb #56f166fc
+import math, random
+from textwrap import shorten
 
 import numpy as np, torch
 from fastai.callback.core import Callback, CancelEpochException, CancelTrainException
 from fastai.learner import Learner
+from fastai.optimizer import Optimizer
 from fastai.torch_core import to_device
+from fastcore.foundation import L
 
 from .data import KeyedDL
-from .state import load_object_state, object_state
+from .saved import Place
+from .state import check_weights, load_object_state, object_state
 
 # %% ../nbs/06_resume.ipynb #00efd625
 def random_state()->dict: # By library
@@ -30,6 +33,7 @@ def load_random_state(
     state:dict, # From `random_state`
 ):
     "Give the random generators the states in `state`"
+    if not 0 <= state['numpy'][2] <= 624: raise ValueError('a generator of numpy is out of range')  # it would crash
     random.setstate(state['python'])
     np.random.set_state(state['numpy'])
     torch.set_rng_state(state['torch'])
@@ -50,15 +54,17 @@ def load_loader_state(
     batch:int=0, # Batches of the present epoch that are over; above 0 for a `KeyedDL` only
 ):
     "Take `dl` to `state`, and into the middle of the epoch if `batch` is above 0"
-    for k in ('seed', 'epoch', 'n_new'):
-        if k in state: setattr(dl, k, state[k])
+    for k, least in (('seed', 0), ('epoch', -1), ('n_new', 0)) if isinstance(dl, KeyedDL) else ():
+        if type(state[k]) is not int or state[k] < least: raise ValueError(f'{k} of a loader is {state[k]!r}')
+        setattr(dl, k, state[k])
     if 'rng' in state: dl.rng.setstate(state['rng'])
     if batch:
         dl.begin = dl.epoch, batch
         dl.epoch -= 1  # the loader counts it again when the epoch starts
 
 # %% ../nbs/06_resume.ipynb #131ec6cd
-_counters = ('iter', 'train_iter', 'pct_train', 'loss', 'smooth_loss', 'final_record')
+_counters = dict(iter=int, train_iter=int, pct_train=(int, float), loss=(torch.Tensor, float),
+                 smooth_loss=(torch.Tensor, float), final_record=(L, list))
 
 def _grads(learn):
     "Gradients that wait for a step, None where there is none"
@@ -80,10 +86,24 @@ def _like(p, t):
     "`t` on the device of the parameter `p`, and in its layout: a step on tensors of two layouts is slower"
     return torch.empty_like(p, dtype=t.dtype).copy_(t) if isinstance(t, torch.Tensor) and t.shape == p.shape else t
 
+def _check_opt(opt, state):
+    "ValueError where a step of `opt` would fail with `state`"
+    for h, new in zip(opt.hypers, state['hypers'], strict=True):
+        bad = [k for k, v in h.items() if isinstance(v, (int, float)) and not math.isfinite(new[k])]
+        if bad: raise ValueError(f'{bad[0]} of the optimizer is {new[bad[0]]!r}')
+    large = {k for s in state['state'] for k, v in s.items() if isinstance(v, torch.Tensor) and v.ndim}
+    for (p, *_), s in zip(opt.all_params(), state['state'], strict=True):
+        bad = [k for k in large & {*s} if s[k].shape != p.shape or not s[k].is_floating_point()]
+        if bad: raise ValueError(f'{bad[0]} of the optimizer does not fit a parameter of {tuple(p.shape)}')
+
 def _load_opt(opt, state):
+    if isinstance(opt, Optimizer): _check_opt(opt, state)
     opt.load_state_dict(state)
     if not hasattr(opt, 'all_params'): return  # an `OptimWrapper`: torch's optimizer has seen to it
     for p, *_ in opt.all_params(): opt.state[p] = {k: _like(p, v) for k, v in opt.state[p].items()}
+
+def _load_grads(ps, grads):
+    for p, g in zip(ps, grads, strict=True): p.grad = None if g is None else _like(p, g)
 
 def _load_callbacks(cbs, states):
     "Each callback gets the first state of its name that is left; one without a state stays as it is"
@@ -99,33 +119,25 @@ def load_learner_state(
 ):
     "Put `state` back into `learn`; a ValueError where the two do not fit"
     try:
+        check_weights(learn.model, state['model'])
         learn.model.load_state_dict(state['model'])
         device = next(learn.model.parameters()).device
         counters = to_device(state['learner'], device)
-        for k in _counters:
+        for k, kind in _counters.items():
+            if not isinstance(counters.get(k), (kind, type(None))): raise ValueError(f'{k} is {counters[k]!r}')
             if k in counters: setattr(learn, k, counters[k])
         _load_opt(learn.opt, to_device(state['opt'], device))
-        for p, g in zip(learn.model.parameters(), state['grads']): p.grad = None if g is None else _like(p, g)
-        for m, o in zip(learn.metrics, state['metrics']): load_object_state(m, o)
+        _load_grads(learn.model.parameters(), state['grads'])
+        for m, o in zip(learn.metrics, state['metrics'], strict=True): load_object_state(m, o)
         _load_callbacks(learn.cbs, list(state['callbacks']))
-        for i, (dl, o) in enumerate(zip(learn.dls.loaders, state['loaders'])):
+        for i, (dl, o) in enumerate(zip(learn.dls.loaders, state['loaders'], strict=True)):
             load_loader_state(dl, o, begin[1] if i == begin[0] else 0)
         load_random_state(state['random'])
-    except (AssertionError, AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as e:
-        raise ValueError(f'the saved state is not one of this Learner ({e}): build it as the one that was saved') from e
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
+        why = shorten(str(e) if isinstance(e, ValueError) else f'{type(e).__name__}: {e}', 300)
+        raise ValueError(f'the saved state is not of this Learner ({why}): build it as the one that was saved') from e
 
-# %% ../nbs/06_resume.ipynb #9e76d07b
-class Place(NamedTuple):
-    "How far a fit has come"
-    epoch:int       # Epochs that are over
-    part:str        # Under way: 'train' or 'valid'
-    batch:int       # Batches of that part that are over; 0 of 'train': the epoch is about to begin
-
-    def __str__(self):
-        if not self.batch: return f'the end of epoch {self.epoch}' if self.epoch else 'the start'
-        part = 'training' if self.part == 'train' else 'validation'
-        return f'batch {self.batch} of the {part} of epoch {self.epoch + 1}'
-
+# %% ../nbs/06_resume.ipynb #2274e253
 class SkipTo(Callback):
     "Takes a fit to `place`: until then, no other callback hears of anything"
     order = -1000  # before all others, so that there is none that hears

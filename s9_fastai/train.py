@@ -17,15 +17,17 @@ import torch
 from fastai.callback.progress import ProgressCallback
 from fastai.torch_core import set_seed
 
-from .checkpoint import CannotGoOn, newest_checkpoint
+
 from .command import BadInput, RunFailed, plain_message, run_command
 from .data import cifar_dls
 from .environment import use_deterministic
-from .files import write_json
+from .facts import show_bars, shown
+from .files import naming, write_json
 from .interpret import plot_curves, plot_misclassified
-from .layouts import show_bars
 from .learner import check_batches, get_recipe, s9_learner
-from .run import check_same_run, describe_run, get_device, new_run_dir, read_run
+from .run import (check_options, check_same_run, describe_run, get_device, keep_source, kept_source, new_run_dir,
+                           read_run, run_path)
+from .saved import newest_checkpoint
 from .signals import Stopped
 from .state import save_weights
 from .summary import summary
@@ -38,45 +40,57 @@ def settle(
     told:dict, # The recipe.json of a run that goes on; empty for a new run
 )->dict: # `name`, `seed`, `workers`, `device`, `save_every` and `deterministic`
     "The options of a run; ValueError for those that do not go together or are out of range"
+    there = {k: v for k, v in given.items() if v is not None and v is not False}
     for nm in ('out', 'recipe'):
-        if told and given[nm]: raise ValueError(f'--{nm} makes a new run, and --resume goes on with one: leave one out')
-    if given['force'] and not told: raise ValueError('--force goes with --resume: a new run has nothing to force')
-    name = given['recipe'] or ('sample' if given['data'] == 'sample' else 'stated')
-    sources = [{k: v for k, v in given.items() if v is not None and v is not False}, told, _defaults]
+        if told and nm in there: raise ValueError(f'--{nm} makes a new run, --resume goes on with one: leave one out')
+    if 'force' in there and not told: raise ValueError('--force goes with --resume: a new run has nothing to force')
+    name = there.get('recipe', 'sample' if str(given['data']) == 'sample' else 'stated')
+    sources = [there, told, _defaults]
     options = {'name': told.get('name', name), **{k: next(o[k] for o in sources if k in o) for k in _defaults}}
-    if not 0 <= options['seed'] < 2**32: raise ValueError(f'seed is {options["seed"]}, but must be 0 to 2**32 - 1')
+    check_options(options)
     return {**options, 'device': str(get_device(options['device']))}
 
 # %% ../nbs/10_train.ipynb #bde53354
-def _source(run_dir, epochs):
-    "Where the images of the run came from, None if nobody knows; ValueError if it has had more than `epochs`"
+def _epochs_done(run_dir, epochs):
+    "Epochs that are over; ValueError if they are more than `epochs`"
     found = newest_checkpoint(run_dir)
-    if found is None: return None  # it was killed before it began
-    if found[0]['place'].epoch > epochs:
-        raise ValueError(f'epochs is {epochs}, but the run in {run_dir} has had {found[0]["place"].epoch}: give more, '
+    done = found[0]['place'].epoch if found else 0  # no checkpoint: it was killed before it began
+    if done > epochs:
+        raise ValueError(f'epochs is {epochs}, but the run in {shown(run_dir)} has had {done}: give as many or more, '
                          'or start a new run')
-    return found[0]['source']
+    return done
+
+def _loaders(data, recipe, options):
+    "The images in batches, with all random generators where the seed of `options` puts them"
+    if options['deterministic']: use_deterministic()
+    set_seed(options['seed'])
+    dls = cifar_dls(data, recipe.bs, policy=recipe.policy, augment=recipe.augment, seed=options['seed'],
+                    num_workers=options['workers'], device=torch.device(options['device']))
+    check_batches(dls, recipe)
+    return dls
 
 def prepare(
     given:dict, # Options of `s9_train` by name; None or False: not given
     overrides:dict, # Fields of the recipe, by name; None: not given
 )->tuple: # The Learner and its run folder
     "All that comes before the first batch; `BadInput` for whatever is wrong with the input"
-    resume = given['resume']
     try:
-        recipe, told = read_run(resume) if resume else (None, {})
+        run_dir = None if given['resume'] is None else run_path(given['resume'], 'resume')
+        recipe, told = read_run(run_dir) if run_dir else (None, {})
         options = settle(given, told)
         recipe = get_recipe(recipe or options['name'], **overrides)
-        data = given['data'] or (_source(resume, recipe.epochs) if resume else None)
-        if options['deterministic']: use_deterministic()
-        set_seed(options['seed'])
-        dls = cifar_dls(data, recipe.bs, policy=recipe.policy, augment=recipe.augment, seed=options['seed'],
-                        num_workers=options['workers'], device=torch.device(options['device']))
-        check_batches(dls, recipe)
-        run_dir, now = Path(resume or new_run_dir(given['out'], options['name'])), describe_run(dls, recipe, options)
-        if resume: check_same_run(run_dir, told, now, given['force'])
-        write_json(run_dir/'recipe.json', now)
-        return s9_learner(dls, recipe, run_dir, options['save_every'], given['force']), run_dir
+        n_done = _epochs_done(run_dir, recipe.epochs) if run_dir else 0
+        source = kept_source(run_dir, told) if run_dir and given['data'] is None else given['data']
+        dls = _loaders(source, recipe, options)
+        now = describe_run(dls, recipe, options)
+        if run_dir: check_same_run(run_dir, told, now, given['force'])
+        else: run_dir = new_run_dir(given['out'], options['name'])
+        learn = s9_learner(dls, recipe, run_dir, options['save_every'], given['force'])
+        with naming(run_dir): learn.checkpoint.claim()  # before the first file is written, and until the fit ends
+        if n_done < recipe.epochs: write_json(run_dir/'recipe.json', now)
+        else: print(f'{shown(run_dir)} has had its {n_done} epochs: nothing is left to train, but --epochs adds some')
+        keep_source(run_dir, dls.data_source)
+        return learn, run_dir
     except (ValueError, OSError) as e: raise BadInput(str(e)) from e
 
 # %% ../nbs/10_train.ipynb #c7835b81
@@ -106,23 +120,26 @@ def saying_how_to_go_on(
     "Errors that are no fault of this program, as `BadInput`, `Stopped` or `RunFailed`, with the command that goes on"
     command = f's9_train --resume {shlex.quote(str(run_dir))}'
     try: yield
-    except CannotGoOn as e: raise BadInput(plain_message(e)) from e
+    except ValueError as e:
+        if 'Exception occured in `Checkpoint`' not in str(e): raise
+        raise BadInput(plain_message(e)) from e  # `CannotGoOn`, or another file of the run is not what it was
     except Stopped as e: raise Stopped(e.signum, f'{e}: {command}') from e
     except (OSError, RuntimeError, MemoryError, FloatingPointError) as e:
-        raise RunFailed(f'{plain_message(e)}. To go on from the last checkpoint: {command}') from e
+        more = ' --force --lr RATE' if isinstance(e, FloatingPointError) else ''  # the same would fail again
+        raise RunFailed(f'{plain_message(e)}. To go on from the last checkpoint: {command}{more}') from e
 
 # %% ../nbs/10_train.ipynb #ecfef6ac
 def s9_train(
     data:str=None, # CIFAR-10: a folder, an archive or 'sample', the embedded 2,500 images; searched for if not given
-    recipe:str=None, # stated, logged or sample; if not given: stated, or sample for the data of that name
-    seed:int=None, # Fixes weights, order, augmentation and dropout; 42 if not given
-    workers:int=None, # Processes that prepare batches; 0, also if not given: the training process does
-    device:str=None, # cpu, cuda, ...; fastai's default if not given
+    recipe:str=None, # 'stated', 'logged' or 'sample'; if not given: stated, or sample for the data of that name
+    seed:int=None, # Fixes weights, order, augmentation and dropout: 0 to 4294967295; 42 if not given
+    workers:int=None, # Processes that prepare batches: 0 to 256; 0, also if not given: the training process does
+    device:str=None, # cpu, cuda, cuda:1, mps, ...; if not given: the GPU if there is one, else cpu
     out:str=None, # Folder of the run, new or empty; if not given: a new one under runs
-    resume:str=None, # Folder of a run that goes on where it stopped, with the options that it had
-    force:bool=False, # With resume: go on although settings or versions have changed
-    save_every:int=None, # Save the state after so many batches too; if not given: after each epoch
-    deterministic:bool=False, # Let torch use only algorithms that repeat to the bit; a processor's do anyway
+    resume:str=None, # Folder of a run that goes on where it stopped, with the options it had; --epochs makes it longer
+    force:bool=False, # With --resume: go on although settings, versions or the processor have changed
+    save_every:int=None, # Save after so many batches too: 1 to 999999; if not given: after each epoch only
+    deterministic:bool=False, # Only algorithms of torch that repeat to the bit; those of a processor do anyway
     **overrides # Fields of the recipe, such as `epochs=3`
 ): # The trained `Learner`
     "Train the Net on CIFAR-10 and leave a run folder: recipe, log, history, checkpoints, weights and figures"
@@ -136,7 +153,7 @@ def s9_train(
         learn.fit(learn.recipe.epochs)
         finish(learn, run_dir)
     acc = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))['valid_accuracy']
-    print(f'test accuracy {100*acc:.2f}% after {learn.recipe.epochs} epochs; the whole run is in {run_dir}')
+    print(f'test accuracy {100*acc:.2f}% after {learn.recipe.epochs} epochs; the whole run is in {shown(run_dir)}')
     return learn
 
 # %% ../nbs/10_train.ipynb #6156b052

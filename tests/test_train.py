@@ -1,6 +1,7 @@
 "The commands, as a user runs them: what they leave, what they print, and what they say when something is wrong"
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import asdict, fields
@@ -81,16 +82,18 @@ def test_whole_batches_and_plain_layers(tmp_path):
 
 
 def test_every_field_of_the_recipe_is_an_option():
-    text = command('s9_train', '--help').stdout
-    for f in fields(Recipe): assert f'--{f.name.replace("_", "-")} ' in text
-    for o in ('--data', '--recipe', '--seed', '--workers', '--device', '--out'): assert o in text
+    done = command('s9_train', '--help')
+    text = done.stdout
+    assert done.returncode == 0 and done.stderr == '' and max(map(len, text.splitlines())) < 125
+    for f in fields(Recipe): assert f'--{f.name.replace("_", "-")} ({f.type.__name__})' in text and f'[{f.default}]' in text
+    for o in ('--data', '--recipe', '--seed', '--workers', '--device', '--out', '--resume', '--force', '--save-every', '--deterministic'): assert f'{o} ' in text
 
 
-bad = [('--recipe fastest', "'fastest', but must be one of stated, logged, sample"), ('--epochs 0', 'epochs is 0, but must be at least 1'),
-       ('--epochs three', "invalid int value: 'three'"), ('--lr -1', 'lr is -1.0'), ('--lr nan', 'lr is nan'), ('--dropout 1', 'dropout is 1.0'),
+bad = [('--recipe fastest', "'fastest', but must be one of stated, logged, sample"), ('--epochs 0', 'epochs is 0, but must be 1 to 99999'),
+       ('--epochs three', "'three' is not a whole number"), ('--lr -1', 'lr is -1.0'), ('--lr nan', 'lr is nan'), ('--dropout 1', 'dropout is 1.0'),
        ('--norm xx', "norm is 'xx'"), ('--policy xx', "policy is 'xx'"), ('--augment xx', "augment is 'xx', but must be 'item' or 'batch'"),
-       ('--compute xx', "compute is 'xx', but must be 'fast' or 'plain'"), ('--n-channels 37', 'n_channels is 37'), ('--sched xx', "'xx'"),
-       ('--seed -1', 'seed is -1'), ('--workers -1', 'num_workers is -1'), ('--device abacus', "device is 'abacus'"), ('--bs 0', 'bs is 0'),
+       ('--compute xx', "compute is 'xx', but must be 'fast' or 'plain'"), ('--n-channels 37', 'n_channels is 37'), ('--sched xx', "sched is 'xx', but must be 'step' or 'plateau' or 'none'"),
+       ('--seed -1', 'seed is -1'), ('--workers -1', 'workers is -1, but must be 0 to 256'), ('--device abacus', "device is 'abacus'"), ('--bs 0', 'bs is 0'),
        ('--data nowhere', 'nowhere: no such file or folder'), ('--foo', 'unrecognized arguments: --foo'), ('--out FILE', 'which is a file: name a folder'),
        ('--out FILE/run', 'cannot be written'), ('--out FULL', 'not empty: name another one'), ('--out /proc/run', 'cannot be written')]
 
@@ -108,6 +111,73 @@ def test_bad_input_is_one_line_and_exit_code_2(args, msg, tmp_path, monkeypatch,
     assert e.value.code == 2 and out == ''
     assert msg in err and err.count('\n') == 1 and err.startswith('s9_train: ')
     assert (tmp_path/'FULL'/'log.txt').read_text() == 'precious' and not (tmp_path/'runs').exists()
+
+
+# A run to go on with
+
+@pytest.fixture(scope='module')
+def runs(tmp_path_factory):
+    "The same run with two epochs and with three"
+    tmp = tmp_path_factory.mktemp('runs')
+    for n in (2, 3):
+        done = command('s9_train', '--data', 'sample', '--epochs', n, '--bs', 250, '--n-channels', 8, '--save-every', 3, '--out', tmp/str(n))
+        assert done.returncode == 0, done.stderr
+    return tmp
+
+
+@pytest.fixture
+def two(runs, tmp_path): return shutil.copytree(runs/'2', tmp_path/'run')
+
+
+def result(folder):
+    "All that a run tells of its result, without the time that it took"
+    history = pd.read_csv(folder/'history.csv').drop(columns='time').to_dict('records')
+    return {'recipe': json.loads((folder/'recipe.json').read_text()), 'log': (folder/'log.txt').read_text(), 'history': history,
+            **{k: v.tolist() for k, v in load_file(folder/'weights.safetensors').items()}}
+
+
+def test_more_epochs_are_those_of_the_longer_run(runs, two):
+    done = command('s9_train', '--resume', two, '--epochs', 3)
+    assert (done.returncode, done.stderr) == (0, '') and 'going on from the end of epoch 2' in done.stdout
+    assert '\nepoch   3  ' in done.stdout and 'epoch   2  ' not in done.stdout and 'after 3 epochs; the whole run is in ' in done.stdout
+    assert result(two) == result(runs/'3') and result(two)['recipe']['epochs'] == 3
+
+
+def test_a_complete_run_says_so_and_stays_as_it_is(runs, two):
+    done = command('s9_train', '--resume', two)
+    assert (done.returncode, done.stderr) == (0, '') and result(two) == result(runs/'2')
+    assert f'{two} has had its 2 epochs: nothing is left to train, but --epochs adds some\n' in done.stdout and 'epoch   ' not in done.stdout
+    for nm in ('curves.png', 'misclassified.png'): assert (two/nm).read_bytes() == (runs/'2'/nm).read_bytes()
+
+
+def test_a_change_is_refused_or_forced_with_a_warning(runs, two):
+    done = command('s9_train', '--resume', two, '--lr', 0.1, '--epochs', 3)
+    assert (done.returncode, done.stdout) == (2, '') and result(two) == result(runs/'2')
+    assert done.stderr == (f's9_train: {two}: settings have changed since the run stopped: lr was 0.05, is 0.1. Set them back, start a new run, or add --force '
+                           'and get a result of both (see s9_train --help)\n')
+    done = command('s9_train', '--resume', two, '--lr', 0.1, '--epochs', 3, '--force')
+    assert done.returncode == 0 and done.stderr.count('\n') == 1 and done.stderr.startswith(f's9_train: {two} goes on with changed settings: ')
+    told, rates = result(two)['recipe'], [h['lr'] for h in result(two)['history']]
+    assert (told['epochs'], told['lr'], rates) == (3, 0.1, [0.05, 0.05, 0.1])
+
+
+def test_a_run_without_its_history_is_refused(two):
+    (two/'history.csv').unlink()
+    done = command('s9_train', '--resume', two, '--epochs', 3)
+    assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'history.csv' in done.stderr and 'put the file back' in done.stderr
+
+
+def test_a_rate_that_is_too_high_ends_in_one_line(tmp_path):
+    "With the words that help: the same rate would fail again"
+    done = command('s9_train', '--data', 'sample', '--epochs', 2, '--bs', 500, '--n-channels', 4, '--lr', 999, '--out', 'run', cwd=tmp_path)
+    assert done.returncode == 1 and done.stderr.count('\n') == 1
+    assert done.stderr.endswith('take a lower one. To go on from the last checkpoint: s9_train --resume run --force --lr RATE\n')
+
+
+def test_a_name_that_is_no_text_in_a_terminal_that_knows_ascii_alone(tmp_path):
+    env = {**os.environ, 'LC_ALL': 'C', 'PYTHONCOERCECLOCALE': '0', 'PYTHONUTF8': '0'}
+    done = subprocess.run([bin/'s9_train', '--data', 'sample', '--out', b'\xff', '--recipe', 'ü'], capture_output=True, cwd=tmp_path, env=env)
+    assert done.returncode == 2 and done.stderr.count(b'\n') == 1 and done.stderr.isascii() and done.stdout == b''
 
 
 def test_summary_prints_the_table():

@@ -1,0 +1,393 @@
+"A fit that is broken off anywhere and taken up again ends as if nothing had happened: in one process, and as the command that is killed"
+import os
+import random
+import signal
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.progress import ProgressCallback
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
+from fastai.callback.training import GradientAccumulation, GradientClip
+from fastai.learner import Learner
+from fastai.optimizer import Adam, OptimWrapper, SGD
+from fastai.torch_core import set_seed
+from fastcore.basics import noop
+from fastcore.foundation import L
+from torch.optim.swa_utils import AveragedModel
+
+from s9_fastai.checkpoint import Checkpoint
+from s9_fastai.cifar import Cifar10, Split
+from s9_fastai.data import cifar_block
+from s9_fastai.learner import get_recipe, s9_learner
+from s9_fastai.record import RunLog
+from s9_fastai.resume import SkipTo
+from s9_fastai.saved import CannotGoOn, Place, newest_checkpoint
+from s9_fastai.signals import Stopped
+from s9_fastai.test_utils import synth_dls, synth_groups, synth_images, synth_learner
+
+root = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(root/'benchmarks'))
+import kill
+from repeat import run_hash
+
+
+def tiny_dls(policy='reference', augment='item', bs=10, num_workers=0, seed=1):
+    "40 training and 20 test images: 4 training batches and 2 of validation"
+    data = Cifar10(Split(*synth_images(40)), Split(*synth_images(20, seed=1)), 'sample', 'synthetic')
+    return cifar_block(data, policy, augment).dataloaders(range(60), bs=bs, seed=seed, num_workers=num_workers, device='cpu', drop_last=False)
+
+
+class Break(Callback):
+    "Breaks a fit off with an error, or sends a signal, at `at`: (fit, epoch, training?, batch)"
+    order, at, send, fits = 2000, None, None, 0
+    def before_fit(self):
+        if not self.lock.locked() and not hasattr(self.learn, 'lr_finder'): Break.fits += 1
+    def is_there(self, event_of_signal):
+        if self.at != (Break.fits - 1, self.epoch, self.training, self.iter) or self.lock.locked(): return False
+        if (self.send is None) == event_of_signal: return False
+        Break.at = None
+        return True
+    def after_loss(self):
+        if self.is_there(True): signal.raise_signal(self.send)
+    def after_batch(self):
+        if self.is_there(False): raise SystemError('broken off')
+
+
+def quiet(learn):
+    learn.remove_cb(ProgressCallback)
+    learn.logger = noop
+    return learn
+
+
+def plain_learner(run_dir, seed=0, dls=None, cbs=(), recipe=None, **kwargs):
+    "A Learner of the package, with small layers"
+    set_seed(seed)
+    recipe = recipe or get_recipe(n_channels=4, step_size=2, compute='plain')
+    return quiet(s9_learner(dls or tiny_dls(), recipe, run_dir, cbs=[Break(), *cbs], path=run_dir.parent, **kwargs))
+
+
+def known(learn, run_dir):
+    "All that must be the same in the end"
+    state = [p.detach().flatten() for p in learn.model.state_dict().values()]
+    rec = learn.recorder
+    files = [(run_dir/'log.txt').read_text(), pd.read_csv(run_dir/'history.csv', dtype=str).drop(columns='time').to_csv()] if (run_dir/'log.txt').exists() else []
+    opt = [s[k] for s in learn.opt.state_dict()['state'] for k in sorted(s)] if not isinstance(learn.opt, OptimWrapper) else []
+    return torch.cat([o.double() for o in state]), plain(rec.values), plain(rec.lrs), plain(rec.losses), rec.iters, opt, files
+
+
+def plain(o): return [plain(v) for v in o] if isinstance(o, (list, L)) else float(o)
+
+
+def assert_same(a, b):
+    assert torch.equal(a[0], b[0])
+    assert repr(a[1:5]) == repr(b[1:5]) and a[6] == b[6]
+    for x, y in zip(a[5], b[5]): assert x.equal(y) if isinstance(x, torch.Tensor) else x == y
+
+
+def fit3(learn): learn.fit(3, 0.1)
+
+
+def check(tmp_path, places, make=plain_learner, fit=fit3, **kwargs):
+    "A whole run, and one that is broken off at each of `places` in turn; both end the same"
+    Break.at, Break.fits = None, 0
+    whole = make(tmp_path/'whole'/'run', **kwargs)
+    fit(whole)
+    for i, place in enumerate([*places, None]):
+        Break.at, Break.fits = place, 0
+        learn = make(tmp_path/'broken'/'run', seed=i, **kwargs)  # after the first, other weights, which the checkpoint replaces
+        if place is None: fit(learn)
+        else:
+            with pytest.raises((SystemError, Stopped)): fit(learn)
+            assert Break.at is None, 'it never came to that place'
+    assert_same(known(whole, tmp_path/'whole'/'run'), known(learn, tmp_path/'broken'/'run'))
+    return whole, learn
+
+
+everywhere = [(0, e, t, b) for e in range(3) for t, n in ((True, 4), (False, 2)) for b in range(n)]
+
+
+@pytest.mark.parametrize('every', [None, 1, 3])
+def test_an_error_at_each_batch_of_a_run(tmp_path, every):
+    check(tmp_path, everywhere, save_every=every)
+
+
+@pytest.mark.parametrize('num', [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_at_each_batch_of_a_run(tmp_path, num, monkeypatch):
+    "The batch is finished and saved, in validation too, so that no batch is done twice"
+    monkeypatch.setattr(Break, 'send', num)
+    done = []
+    class Count(Callback):
+        def after_loss(self):
+            if not self.lock.locked(): done.append((self.epoch, self.training, self.iter))
+    check(tmp_path, everywhere, cbs=[Count()])
+    n = len(done)//2
+    assert sorted(done[n:]) == sorted(done[:n]) and len(set(done)) == n
+
+
+@pytest.mark.parametrize('augment, workers, compute', [('item', 2, 'plain'), ('batch', 0, 'fast'), ('batch', 1, 'plain'), ('item', 0, 'fast')])
+def test_ways_of_a_run(tmp_path, augment, workers, compute):
+    recipe = get_recipe(n_channels=4, step_size=2, compute=compute, augment=augment)
+    def make(run_dir, **kwargs): return plain_learner(run_dir, dls=tiny_dls(augment=augment, num_workers=workers), recipe=recipe, **kwargs)
+    check(tmp_path, [(0, 0, True, 2), (0, 1, True, 2), (0, 2, True, 0), (0, 2, False, 1)], make, save_every=1)
+
+
+def test_the_number_of_workers_may_change_on_the_way(tmp_path):
+    n = iter([0, 2, 1, 0])
+    def make(run_dir, **kwargs): return plain_learner(run_dir, dls=tiny_dls(num_workers=next(n)), **kwargs)
+    check(tmp_path, [(0, 0, True, 2), (0, 1, True, 1)], make, save_every=1)
+
+
+class Scaled(Callback):
+    "What mixed precision and averaging keep: objects with a state dict of their own, tensors, a counter"
+    def before_fit(self):
+        self.scaler = torch.amp.GradScaler('cpu', init_scale=2., growth_interval=3)
+        self.ema, self.n, self.mean = AveragedModel(self.model, avg_fn=lambda a, p, n: 0.9*a + 0.1*p), 0, torch.zeros(2)
+    def before_backward(self): self.learn.loss_grad = self.scaler.scale(self.loss_grad)
+    def before_step(self):
+        for p in self.model.parameters(): p.grad /= self.scaler.get_scale()
+    def after_step(self):
+        self.scaler._growth_tracker = None if self.scaler._scale is None else self.scaler._growth_tracker
+        self.ema.update_parameters(self.model)
+        self.n += 1
+        self.mean += self.n*torch.rand(2)
+
+
+class Noise(Callback):
+    "Draws from every global random generator"
+    def after_backward(self):
+        for p in self.model.parameters(): p.grad += 0.01*(torch.rand(1).item() + np.random.rand() + random.random())
+
+
+def one_cycle(learn): learn.fit_one_cycle(3, 0.1)
+def two_fits(learn):
+    learn.freeze()
+    learn.fit_one_cycle(2, 0.1)
+    learn.unfreeze()
+    learn.fit(2, slice(0.01, 0.1))
+def between(learn):
+    "What people do in a notebook between two fits, and in a callback"
+    learn.fit(2, 0.1)
+    learn.validate(), learn.get_preds(), learn.lr_find(num_it=5, show_plot=False)
+    learn.fit(2, 0.05)
+
+
+@pytest.mark.parametrize('cbs, fit', [
+    (lambda: [MixUp(0.4)], fit3), (lambda: [CutMix()], fit3), (lambda: [GradientAccumulation(25), GradientClip(0.1)], fit3), (lambda: [Noise()], fit3),
+    (lambda: [Scaled()], fit3), (lambda: [], one_cycle), (lambda: [SaveModelCallback(fname='best'), EarlyStoppingCallback(patience=1)], partial(Learner.fit, n_epoch=3, lr=3.)),
+    (lambda: [ReduceLROnPlateau(patience=1, factor=2)], fit3)],
+    ids=['mixup', 'cutmix', 'accumulation', 'all generators', 'scaler and average', 'one cycle', 'early stopping', 'plateau'])
+def test_what_fastai_offers_is_taken_up_too(tmp_path, cbs, fit):
+    def make(run_dir, **kwargs): return plain_learner(run_dir, cbs=cbs(), **kwargs)
+    check(tmp_path, [(0, 0, True, 2), (0, 1, True, 1), (0, 1, False, 0)], make, fit, save_every=1)
+
+
+def test_what_callbacks_keep_is_the_same(tmp_path):
+    def make(run_dir, **kwargs): return plain_learner(run_dir, cbs=[Scaled()], **kwargs)
+    a, b = check(tmp_path, [(0, 1, True, 2)], make, save_every=1)
+    assert a.scaled.n == b.scaled.n == 12 and torch.equal(a.scaled.mean, b.scaled.mean) and a.scaled.scaler.state_dict() == b.scaled.scaler.state_dict()
+    for p, q in zip(a.scaled.ema.parameters(), b.scaled.ema.parameters()): assert torch.equal(p, q)
+
+
+def groups(m): return [list(m.conv1.parameters()), [p for nm, p in m.named_parameters() if not nm.startswith('conv1.')]]
+
+
+@pytest.mark.parametrize('fit', [two_fits, between])
+def test_several_fits_of_one_learner(tmp_path, fit):
+    "Broken off in the second one; in the new process the first one is passed over"
+    check(tmp_path, [(0, 1, True, 1), (1, 0, True, 2), (1, 1, False, 0)], fit=fit, splitter=groups, save_every=1)
+
+
+def torch_opt(params, lr, **kwargs): return OptimWrapper(params, torch.optim.AdamW, lr=lr)
+
+
+@pytest.mark.parametrize('opt', [SGD, partial(Adam, wd=0.1), torch_opt], ids=['SGD', 'Adam', "torch's AdamW"])
+def test_optimizers(tmp_path, opt):
+    check(tmp_path, [(0, 0, True, 2), (0, 2, True, 1)], opt_func=opt, save_every=1)
+
+
+def test_loaders_of_fastai_go_on_at_the_last_epoch(tmp_path):
+    "They cannot begin in the middle of one: after a signal there, the epoch is repeated"
+    def make(run_dir, seed=0): return quiet(synth_learner(synth_dls(seed=0), seed=seed, cbs=[Break(), Checkpoint(run_dir)]))
+    check(tmp_path, [(0, 0, True, 2), (0, 1, True, 2), (0, 2, False, 0)], make)
+    with pytest.raises(ValueError, match='every is 2, but these loaders cannot begin in the middle'):
+        fit3(quiet(synth_learner(cbs=Checkpoint(tmp_path/'c', every=2))))
+
+
+def test_a_signal_ends_in_a_line_that_says_where(tmp_path, monkeypatch):
+    monkeypatch.setattr(Break, 'send', signal.SIGTERM)
+    Break.at, Break.fits = (0, 1, True, 2), 0
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with pytest.raises(Stopped, match='stopped by SIGTERM, saved in .*run at batch 3 of the training of epoch 2') as e: fit3(plain_learner(tmp_path/'run'))
+    assert e.value.signum == signal.SIGTERM and before == (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT))
+
+
+def test_the_same_learner_goes_on_after_a_signal(tmp_path, monkeypatch):
+    "As in a notebook: interrupted, then the cell is run again"
+    whole = plain_learner(tmp_path/'a'/'run')
+    fit3(whole)
+    monkeypatch.setattr(Break, 'send', signal.SIGINT)
+    Break.at, Break.fits = (0, 1, True, 2), 0
+    learn = plain_learner(tmp_path/'b'/'run')
+    with pytest.raises(KeyboardInterrupt): fit3(learn)
+    fit3(learn)
+    assert_same(known(whole, tmp_path/'a'/'run'), known(learn, tmp_path/'b'/'run'))
+    fit3(learn)  # and a further fit begins anew, as ever
+    assert list(pd.read_csv(tmp_path/'b'/'run'/'history.csv').epoch) == [1, 2, 3, 4, 5, 6]
+
+
+def test_only_the_last_two_are_kept_and_nothing_else_is_touched(tmp_path):
+    (tmp_path/'run'/'checkpoints').mkdir(parents=True)
+    for nm in ('notes.txt', '.123-00-00001-train-000000.safetensors'): (tmp_path/'run'/'checkpoints'/nm).touch()
+    fit3(plain_learner(tmp_path/'run', save_every=2))
+    names = sorted(p.name for p in (tmp_path/'run'/'checkpoints').iterdir() if p.name != 'lock')
+    assert names == ['00-00002-train-000004.safetensors', '00-00003-train-000000.safetensors', 'notes.txt']
+
+
+def test_a_complete_run_is_left_as_it_is(tmp_path, capsys):
+    fit3(plain_learner(tmp_path/'run'))
+    files = {p: p.read_bytes() for p in (tmp_path/'run').rglob('*') if p.is_file()}
+    learn = plain_learner(tmp_path/'run', seed=5)
+    fit3(learn)
+    assert {p: p.read_bytes() for p in (tmp_path/'run').rglob('*') if p.is_file()} == files and len(learn.recorder.values) == 3
+    assert 'going on from the end of epoch 3' in capsys.readouterr().out
+
+
+def test_a_step_schedule_can_be_made_longer(tmp_path):
+    learn = plain_learner(tmp_path/'a'/'run')
+    learn.fit(4, 0.1)
+    fit3(plain_learner(tmp_path/'b'/'run'))
+    longer = plain_learner(tmp_path/'b'/'run', seed=4)
+    longer.fit(4, 0.1)
+    assert_same(known(learn, tmp_path/'a'/'run'), known(longer, tmp_path/'b'/'run'))
+
+
+changed = {'lr': (dict(), lambda learn: learn.fit(3, 0.2)), 'wd': (dict(), lambda learn: learn.fit(3, 0.1, wd=0.1)),
+           'n_epoch': (dict(), one_cycle), 'bs': (dict(dls=lambda: tiny_dls(bs=8)), fit3), 'after_item': (dict(dls=lambda: tiny_dls('none')), fit3),
+           'step_size': (dict(recipe=get_recipe(n_channels=4, step_size=3, compute='plain')), fit3), 'callbacks': (dict(cbs=[MixUp()]), fit3),
+           'optimizer': (dict(opt_func=SGD), fit3), 'n_channels': (dict(recipe=get_recipe(n_channels=6, step_size=2, compute='plain')), fit3)}
+
+
+@pytest.mark.parametrize('name', changed)
+def test_a_change_is_named_and_refused(tmp_path, name):
+    "And nothing is lost: set back, the run goes on"
+    kwargs, fit = changed[name]
+    kwargs = {k: v() if k == 'dls' else v for k, v in kwargs.items()}
+    first = (lambda learn: learn.fit_one_cycle(4, 0.1)) if name == 'n_epoch' else fit3
+    Break.at, Break.fits = (0, 1, True, 2), 0
+    with pytest.raises(SystemError): first(plain_learner(tmp_path/'run'))
+    files = {p: p.read_bytes() for p in (tmp_path/'run').rglob('*') if p.is_file()}
+    with pytest.raises(CannotGoOn, match=f'settings have changed since the run stopped: .*{name} was .*, is '): fit(plain_learner(tmp_path/'run', **kwargs))
+    assert {p: p.read_bytes() for p in (tmp_path/'run').rglob('*') if p.is_file()} == files
+    first(plain_learner(tmp_path/'run'))
+
+
+def test_a_version_that_changed_is_named_and_refused(tmp_path, monkeypatch):
+    fit3(plain_learner(tmp_path/'run'))
+    import s9_fastai.settings as module
+    told = module.environment()
+    monkeypatch.setattr(module, 'environment', lambda: {**told, 'torch': '1.0'})
+    with pytest.raises(CannotGoOn, match='torch was .*, is 1.0'): plain_learner(tmp_path/'run').fit(4, 0.1)
+    with pytest.warns(UserWarning, match='goes on with changed settings: torch was'): plain_learner(tmp_path/'run', force=True).fit(4, 0.1)
+
+
+def test_a_display_may_change(tmp_path):
+    Break.at, Break.fits = (0, 1, True, 2), 0
+    with pytest.raises(SystemError): fit3(plain_learner(tmp_path/'run'))
+    learn = plain_learner(tmp_path/'run', cbs=[ProgressCallback()])
+    with learn.no_bar(): fit3(learn)
+
+
+def test_fewer_epochs_than_there_were_are_refused(tmp_path):
+    fit3(plain_learner(tmp_path/'run'))
+    with pytest.raises(CannotGoOn, match='n_epoch was 3, is 2'): plain_learner(tmp_path/'run').fit(2, 0.1)
+
+
+def test_a_folder_with_a_history_and_no_checkpoint_is_refused(tmp_path):
+    "As a run folder that was cleaned up: its log is not to be mixed with that of another run"
+    fit3(plain_learner(tmp_path/'run'))
+    for p in (tmp_path/'run'/'checkpoints').glob('0*'): p.unlink()
+    text = (tmp_path/'run'/'log.txt').read_text()
+    with pytest.raises(CannotGoOn, match='has the history of a run, but no checkpoint'): fit3(plain_learner(tmp_path/'run'))
+    assert (tmp_path/'run'/'log.txt').read_text() == text
+
+
+def test_every_must_count_batches(tmp_path):
+    for bad in (0, -1, 2.5, True, 'x'):
+        with pytest.raises(ValueError, match='every is .*: give a whole number of at least 1, or None'): Checkpoint(tmp_path, every=bad)
+
+
+def test_skipped_epochs_are_heard_by_nobody():
+    "Unlike with fastai's SkipToEpoch"
+    heard = []
+    class Hear(Callback):
+        def __call__(self, event):
+            if self.run: heard.append((event, getattr(self.learn, 'epoch', None)))
+    learn = quiet(synth_learner(cbs=[Hear(), SkipTo(Place(2, 'train', 0))]))
+    heard.clear()
+    learn.fit(4)
+    assert {e for event, e in heard if 'fit' not in event} == {2, 3} and [e for e, _ in heard].count('after_epoch') == 2
+
+
+def test_the_pause_is_no_part_of_the_epochs_time(tmp_path, monkeypatch):
+    Break.at, Break.fits = (0, 1, True, 2), 0
+    with pytest.raises(SystemError): fit3(plain_learner(tmp_path/'run', save_every=1))
+    import s9_fastai.checkpoint as module
+    real = module.time.time
+    class Later:
+        @staticmethod
+        def time(): return real() + 3600
+    monkeypatch.setattr(module, 'time', Later)
+    monkeypatch.setattr('fastai.learner.time', Later)
+    fit3(plain_learner(tmp_path/'run', save_every=1))
+    assert set(pd.read_csv(tmp_path/'run'/'history.csv').time.str[:3]) == {'00:'}
+
+
+# The command
+
+def test_killed_in_three_ways():
+    "The long form of this test is below; it kills twenty times"
+    kinds = 'anywhere', 'in a write', 'between log and history'
+    with pytest.MonkeyPatch.context() as mp:
+        mp.setattr(kill, 'KINDS', kinds)
+        mp.setenv('OMP_NUM_THREADS', '1')
+        found = list(kill.trials(3, epochs=2, bs=250, seed=0, variants=kill.VARIANTS[:1]))
+    assert [o['same'] for o in found] == [True]*3 and [o['kind'] for o in found] == list(kinds)
+
+
+@pytest.mark.slow
+def test_killed_twenty_times(monkeypatch):
+    monkeypatch.setenv('OMP_NUM_THREADS', '1')
+    found = list(kill.trials(20, epochs=2, bs=250, seed=os.urandom(8).hex()))
+    assert [o['same'] for o in found] == [True]*20, [o for o in found if not o['same']]
+
+
+@pytest.mark.parametrize('augment', ['item', 'batch'])
+def test_workers_and_processes_give_the_same_hash(tmp_path, augment):
+    assert len({run_hash(tmp_path/str(w), augment=augment, workers=w, epochs=1, bs=500, compute='plain') for w in (0, 1, 2)}) == 1
+
+
+def test_deterministic_is_told_and_changes_nothing_on_a_processor(tmp_path):
+    a = run_hash(tmp_path/'a', epochs=1, bs=500)
+    done = subprocess.run(kill.command('--data', 'sample', '--epochs', 1, '--bs', 500, '--deterministic', '--out', tmp_path/'b'), capture_output=True, text=True)
+    assert done.returncode == 0 and kill.fingerprint(tmp_path/'b') == a, done.stderr
+    assert '"deterministic": true' in (tmp_path/'b'/'recipe.json').read_text()
+
+
+@pytest.mark.parametrize('num, code', [('SIGINT', 130), ('SIGTERM', 143)])
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_signal_ends_the_command_in_good_order(tmp_path, num, code, workers):
+    args = '--data', 'sample', '--epochs', 40, '--bs', 100, '--workers', workers, '--out', tmp_path/'run'
+    p = subprocess.Popen(kill.command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    p.stdout.readline()
+    os.killpg(p.pid, getattr(signal, num)) if num == 'SIGINT' else p.send_signal(getattr(signal, num))  # a terminal's Ctrl-C goes to the workers too
+    out, err = p.communicate(timeout=60)
+    assert p.returncode == code and err.count('\n') == 1 and err.startswith(f's9_train: stopped by {num}, saved in '), err
+    assert err.endswith(f's9_train --resume {tmp_path/"run"}\n') and newest_checkpoint(tmp_path/'run')[0]['done'] is False
