@@ -20,7 +20,7 @@ from filelock import FileLock, Timeout
 from .data import KeyedDL
 from .environment import changes
 from .files import naming, remove_leftovers
-from .resume import SkipTo, learner_state, load_learner_state
+from .resume import SkipTo, learner_state, load_learner_state, load_model_state, load_random_state
 from .saved import CannotGoOn, Place, checkpoint_files, checkpoint_name, newest_checkpoint
 from .schedule import StepLR, stretches
 from .settings import describe_callback, fit_settings
@@ -77,7 +77,8 @@ def before_fit(self:Checkpoint):
         raise ValueError(f'every is {self.every}, but these loaders cannot begin in the middle of an epoch: use a '
                          'KeyedDL, or every=None')
     self.claim()
-    self.pending, self.fits[self.n_fits:] = None, [fit_settings(self.learn)]
+    self.pending, self.is_over, self.at = None, False, -1  # `at`: the epoch, which `validate` in a callback sets to 0
+    self.fits[self.n_fits:] = [fit_settings(self.learn)]
     self.learn.remove_cb(SkipTo)
     try: self.begin_or_go_on()
     except BaseException:
@@ -121,7 +122,7 @@ def go_on(self:Checkpoint,
     place = Place(n_epoch, 'train', 0) if is_over else state['place']
     if place.batch > (n := len(self.dls[int(place.part == 'valid')])):
         raise CannotGoOn(f'{path}: its place is {place}, but these loaders have {n} batches: build them as they were')
-    self.kept, self.pending = [path], (state, place)
+    self.kept, self.pending, self.is_over, self.saved = [path], (state, place), is_over, place
     self.learn.add_cb(SkipTo(place))
     if place[1:] == ('train', 0): self.restore()  # else at the place, after the others have begun with that part
 
@@ -143,12 +144,16 @@ def check(self:Checkpoint,
 def restore(self:Checkpoint):
     "Put the pending state back, and let callbacks that have a method `resumed` know"
     (state, place), self.pending = self.pending, None
+    if len(state['fits']) - 1 > self.n_fits:  # the rest belongs to a later fit, which may have another optimizer
+        with suppress(ValueError): load_model_state(self.learn.model, state['model'])
+        return load_random_state(state['random'])
     then = state['fits'][self.n_fits]
     hypers, cbs = [dict(h) for h in self.opt.hypers], [(cb, _given(cb)) for cb in self.learn.cbs
                                                        if describe_callback(cb) not in then['callbacks']]
     try: load_learner_state(self.learn, state, (int(place.part == 'valid'), place.batch))
     except ValueError as e: raise CannotGoOn(f'{self.kept[-1]}: {e}') from e
     if self.force: self.take_forced(then, hypers, cbs)
+    if self.force and place[1:] == ('train', 0): self.save(place)  # so that the next one finds the new settings
     rec = self.recorder
     if hasattr(rec, 'start_epoch'): rec.start_epoch += time.time() - state['time']  # the pause is no part of the epoch
     try:
@@ -180,12 +185,16 @@ def take_forced(self:Checkpoint,
         if isinstance(cb, StepLR): cb.bases = [*now['lr']]
 
 @patch
+def before_epoch(self:Checkpoint):
+    if self.is_fit: self.at = self.epoch
+
+@patch
 def before_train(self:Checkpoint):
-    if self.pending: self.restore()
+    if self.pending and self.is_fit: self.restore()
 
 @patch
 def before_validate(self:Checkpoint):
-    if self.pending: self.restore()
+    if self.pending and self.is_fit: self.restore()
 
 # %% ../nbs/07_checkpoint.ipynb #3ea4a358
 @patch
@@ -194,8 +203,8 @@ def save(self:Checkpoint,
     done:bool=False, # Is it complete?
 ):
     "Write a checkpoint, and remove all but the last two; FloatingPointError for weights that are no numbers"
-    for k, v in self.learn.model.state_dict().items():
-        if v.is_floating_point() and not v.isfinite().all():
+    for k, v in self.learn.model.named_parameters():
+        if not v.isfinite().all():
             raise FloatingPointError(f'{k} is not finite at {place}, where the learning rate is '
                                      f'{self.opt.hypers[-1]["lr"]}: take a lower one')
     path = self.folder/checkpoint_name(self.n_fits, place)
@@ -214,13 +223,13 @@ def after_batch(self:Checkpoint):
     part, batch = 'train' if self.training else 'valid', self.iter + 1
     stop = self.note.signum is not None
     if self.can_skip if stop else part == 'train' and self.every and batch % self.every == 0:
-        self.save(Place(self.epoch, part, batch))
+        self.save(Place(self.at, part, batch))
     if stop: self.stop()
 
 @patch
 def after_epoch(self:Checkpoint):
     if not self.is_fit: return
-    self.save(Place(self.epoch + 1, 'train', 0))
+    self.save(Place(self.at + 1, 'train', 0))
     if self.note.signum is not None: self.stop()
 
 @patch
@@ -240,8 +249,8 @@ def release(self:Checkpoint):
 @patch
 def after_fit(self:Checkpoint):
     if not self.is_fit: return
-    was_over = self.learn.skip_to.place.epoch >= self.n_epoch if hasattr(self.learn, 'skip_to') else False
     self.learn.remove_cb(SkipTo)
-    if not was_over: self.save(Place(self.epoch + 1, 'train', 0), done=True)
+    if not self.is_over: self.save(Place(self.at + 1, 'train', 0), done=True)
     self.n_fits += 1
+    if self.note.signum is not None: self.stop()  # it came after the last look
     self.release()

@@ -26,6 +26,7 @@ def environment()->dict: # Text or a number by name
     libs = {nm: version(nm) for nm in ('s9_fastai', 'fastai', 'torchvision', 'albumentations', 'numpy')}
     builds = dict(torch=str(torch.__version__), opencv=cv2.__version__)  # the builds, which their packages do not tell
     return {**libs, **builds, 'python': platform.python_version(), 'cpu': cpu_name(),
+            'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else 'none',
             'threads': torch.get_num_threads(), 'deterministic': torch.are_deterministic_algorithms_enabled()}
 
 # %% ../nbs/00_environment.ipynb #4e81b997

@@ -93,6 +93,7 @@ def append_text(
             data = text.encode('utf-8')
             if f.write(data) < len(data): raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             os.fsync(f.fileno())
+            if not size: sync_folder(os.path.dirname(path) or os.curdir)  # a new file's name
         except OSError:
             f.truncate(size)
             raise

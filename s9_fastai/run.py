@@ -164,7 +164,7 @@ def kept_source(
     raise ValueError(f'{shown(path)}: no path in it; remove it, and give --data')
 
 # %% ../nbs/09_run.ipynb #0af39749
-_free, _fixed = ('epochs', 'workers', 'save_every', 'data', 'name'), ('n_channels', 'norm')
+_free, _fixed = ('epochs', 'workers', 'save_every', 'data', 'name'), ('n_channels', 'norm', 'seed')
 
 def check_same_run(
     run_dir, # Its folder
@@ -177,5 +177,5 @@ def check_same_run(
     can, told = not any(k in changed for k in _fixed), '; '.join(changed.values())
     if told and not (force and can):
         more = 'Set them back, start a new run, or add --force and get a result of both' if can else \
-               'Set them back or start a new run: the weights of this one do not fit'
+               'Set them back or start a new run: what this one has saved does not fit'
         raise ValueError(f'{shown(run_dir)}: settings have changed since the run stopped: {told}. {more}')

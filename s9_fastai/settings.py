@@ -9,22 +9,34 @@ __all__ = ['describe_callback', 'fit_settings']
 import inspect, re
 from dataclasses import asdict
 
+from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
+from torch.distributions import Distribution
 
 from .environment import environment
 from .fast import number_format
 
 # %% ../nbs/06_settings.ipynb #11c1b451
-def _plain(o): return ' '.join(re.sub(' at 0x[0-9a-f]+', '', str(o)).split())  # no addresses, which always differ
+def _plain(o):  # without addresses, which always differ, and the device, of which the kind is told once
+    return ' '.join(re.sub(" at 0x[0-9a-f]+|, device='[^']*'", '', str(o)).split())
 
 def _transforms(pipe): return _plain([*getattr(pipe, 'fs', [pipe])])  # of a `Pipeline`, or any function in its place
+
+def _loss(f):  # with the numbers that it was made with, such as label smoothing
+    args = {k: v for k, v in vars(getattr(f, 'func', f)).items() if isinstance(v, (int, float)) and k[0] != '_'} \
+        if hasattr(getattr(f, 'func', f), '__dict__') else {}
+    return _plain(f'{f} {args}')
 
 def describe_callback(
     cb, # Any callback
 )->str: # Such as `step_lr(step_size=25, gamma=0.5)`
     "The name of `cb`, with those arguments of its constructor that it keeps"
     kept = {k: vars(cb)[k] for k in inspect.signature(type(cb)).parameters if k in vars(cb)}
-    args = ', '.join(f'{k}={v}' for k, v in kept.items() if isinstance(v, (bool, int, float, str)))
+    kept = {k: v for k, v in kept.items() if isinstance(v, (bool, int, float, str))}
+    kept.update({k: v for k, v in vars(cb).items() if isinstance(v, Distribution)})  # what `MixUp` makes of its alpha
+    if isinstance(cb, ParamScheduler) and not kept:  # a `StepLR` is told by its arguments
+        kept.update({k: [f(pct/4) for pct in range(5)] for k, f in cb.scheds.items()})
+    args = _plain(', '.join(f'{k}={v}' for k, v in kept.items()))
     return f'{cb.name}({args})' if args else cb.name
 
 _bystanders = ('checkpoint', 'finite_loss', 'run_log', 'skip_to')  # callbacks of ours that change no result
@@ -38,9 +50,10 @@ def fit_settings(
     cbs = [describe_callback(cb) for cb in learn.cbs.sorted('order')
            if cb.name not in _bystanders and type(cb).__module__ != 'fastai.callback.progress']
     return {**{k: v for k, v in recipe.items() if k != 'epochs'},
-            'bs': dl.bs, 'images': len(dl.dataset), 'data_key': getattr(learn.dls, 'data_key', None),
+            'bs': getattr(dl, 'bs', getattr(dl, 'batch_size', None)), 'images': len(dl.dataset),
+            'data_key': getattr(learn.dls, 'data_key', None),
             **{nm: _transforms(getattr(dl, nm, None)) for nm in ('after_item', 'before_batch', 'after_batch')},
-            'optimizer': _plain([type(opt).__name__, *getattr(opt, 'cbs', ())]), 'loss_func': _plain(learn.loss_func),
+            'optimizer': _plain([type(opt).__name__, *getattr(opt, 'cbs', ())]), 'loss_func': _loss(learn.loss_func),
             'callbacks': ', '.join(cbs), 'device': device.type,
             'numbers': str(number_format(device)) if hasattr(learn, 'autocast') else 'as in the model',
             'n_epoch': learn.n_epoch, **{k: [h.get(k) for h in learn.opt.hypers] for k in ('lr', 'wd')},

@@ -94,6 +94,7 @@ def object_state(
 def _can_encode(v):
     if isinstance(v, (list, tuple, L)): return type(v).__name__ in _lists and all(map(_can_encode, v))
     if isinstance(v, Mapping): return all(_can_encode(x) for kv in v.items() for x in kv)
+    if isinstance(v, torch.nn.Parameter): return False  # a model's own, which is kept with the model
     return v is None or isinstance(v, (bool, int, float, str, torch.Tensor, np.generic)) or (
         isinstance(v, np.ndarray) and v.dtype.kind in 'biuf')
 
@@ -115,6 +116,14 @@ def _check_value(o, k, v):
            None if _can_follow(now, v) else f'is {type(v).__name__} in place of {type(now).__name__}')
     if why: raise ValueError(f'{k} of {type(o).__name__} {why}')
 
+def _in_kind(now, v):
+    "`v` as an attribute that is `now` has it: on its device, or in a `defaultdict` or `Counter` as before"
+    if isinstance(now, torch.Tensor) and isinstance(v, torch.Tensor): return v.to(now.device)
+    if not isinstance(now, Mapping) or type(now) is dict: return v
+    now.clear()
+    now.update(v)
+    return now
+
 def load_object_state(
     o, # As the one whose state it is
     state:dict, # From `object_state`
@@ -128,7 +137,7 @@ def load_object_state(
         elif kind == 'state_dict' and _has_state_dict(now): now.load_state_dict(v)
         elif kind == 'value':
             _check_value(o, k, v)
-            if not isinstance(now, str) and _can_encode(now): setattr(o, k, v)
+            if not isinstance(now, str) and _can_encode(now): setattr(o, k, _in_kind(now, v))
 
 # %% ../nbs/01_state.ipynb #dd86bb06
 def checksum(
