@@ -241,7 +241,7 @@ changed = {  # fault: options, and what the message says
     'another seed': ('--seed 7 --epochs 3', 'settings have changed since the run stopped: seed was 42, is 7. Set them back'),
     'other batches': ('--bs 250', 'bs was 500, is 250'),
     'other images': ('--data others', 'data_key was 308618436e2a64af, is 0123456789abcdef'),
-    'another Net': ('--n-channels 6 --force', 'n_channels was 4, is 6. Set them back or start a new run: the weights of this one do not fit'),
+    'another Net': ('--n-channels 6 --force', 'n_channels was 4, is 6. Set them back or start a new run: what this one has saved does not fit'),
     'fewer epochs than the run has had': ('--epochs 1', 'has had 2: give as many or more, or start a new run'),
     'fewer epochs, forced, with data': ('--epochs 1 --force --data sample', 'has had 2: give as many or more, or start a new run'),
     'a run to go on with, and a folder for a new one': ('--out new', '--out makes a new run, --resume goes on with one: leave one out'),
