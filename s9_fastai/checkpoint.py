@@ -22,7 +22,7 @@ from .environment import changes
 from .files import naming, remove_leftovers
 from .resume import SkipTo, learner_state, load_learner_state, load_model_state, load_random_state
 from .saved import CannotGoOn, Place, checkpoint_files, checkpoint_name, newest_checkpoint
-from .schedule import StepLR, stretches
+from .schedule import RateSchedule, stretches
 from .settings import describe_callback, fit_settings
 from .signals import SignalNote, Stopped
 from .state import write_state
@@ -182,7 +182,7 @@ def take_forced(self:Checkpoint,
         self.opt.set_hyper(k, [h[k] for h in hypers])
     for cb, args in cbs: vars(cb).update(args)
     for cb in self.learn.cbs:
-        if isinstance(cb, StepLR): cb.bases = [*now['lr']]
+        if isinstance(cb, RateSchedule): cb.bases = [*now['lr']]
 
 @patch
 def before_epoch(self:Checkpoint):

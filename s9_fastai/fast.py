@@ -164,8 +164,10 @@ class FastSGD(Optimizer):
         lr:float|slice, # Learning rate, one or one for each group
         mom:float=0.9, # Momentum, 0 to below 1
         wd:float=0., # Weight decay: each step multiplies the weights by 1 - lr*wd
+        nesterov:bool=False, # Step along the gradient plus `mom` times the new average, which fastai's `SGD` cannot?
     ):
         super().__init__(params, [], lr=lr, mom=mom, wd=wd)
+        self.nesterov = nesterov
         self.averages = mom != 0  # as in fastai, without momentum at first a schedule of it has no effect
 
     def step(self, closure=None):
@@ -184,7 +186,7 @@ class FastSGD(Optimizer):
             avgs = [s['grad_avg'] for s in states]
             torch._foreach_mul_(avgs, mom)
             torch._foreach_add_(avgs, steps)
-            steps = avgs
+            steps = torch._foreach_add(steps, avgs, alpha=mom) if self.nesterov else avgs
         torch._foreach_add_(ps, steps, alpha=-lr)
 
     def zero_grad(self):

@@ -17,8 +17,11 @@ from .environment import environment
 from .fast import number_format
 
 # %% ../nbs/06_settings.ipynb #11c1b451
-def _plain(o):  # without addresses, which always differ, and the device, of which the kind is told once
-    return ' '.join(re.sub(" at 0x[0-9a-f]+|, device='[^']*'", '', str(o)).split())
+# addresses, which always differ; the device, of which the kind is told once; and how many variants a transform of
+# fastai has, since any module that a process imports may add some
+_noise = re.compile(r" at 0x[0-9a-f]+|, device='[^']*'|\(enc:\d+,dec:\d+\)")
+
+def _plain(o): return ' '.join(_noise.sub('', str(o)).split())
 
 def _transforms(pipe): return _plain([*getattr(pipe, 'fs', [pipe])])  # of a `Pipeline`, or any function in its place
 

@@ -17,7 +17,7 @@ from fastai.vision.core import TensorBBox, TensorPoint
 from scipy.stats import chi2_contingency, ks_2samp
 from torch import nn
 
-from s9_fastai.augment import AlbumentationsTransform, SubpixelAffine, get_policy, item_key, item_seed
+from s9_fastai.augment import POLICIES, AlbumentationsTransform, SubpixelAffine, get_policy, item_key, item_seed
 from s9_fastai.batch_augment import BatchAugment, item_keys, mix64, read_policy, uniforms
 from s9_fastai.cifar import load_cifar
 from s9_fastai.facts import MEAN, STD
@@ -261,7 +261,7 @@ def pad_crop_flip():
     return A.Compose([A.PadIfNeeded(40, 40, border_mode=reflect_101), A.RandomCrop(32, 32), A.HorizontalFlip(p=0.5)])
 
 
-policies = {**{nm: lambda nm=nm: get_policy(nm) for nm in ('reference', 'reference_mean', 'none')}, 'pad, crop, flip': pad_crop_flip,
+policies = {**{nm: lambda nm=nm: get_policy(nm) for nm in POLICIES}, 'pad, crop, flip': pad_crop_flip,
             'with Normalize': lambda: A.Compose([*get_policy('reference').transforms, A.Normalize(MEAN, STD)])}
 
 
