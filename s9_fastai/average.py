@@ -35,7 +35,8 @@ class WeightAverage(Callback):
         for avg, new in zip(avgs, news): avg.copy_(new)  # a counter
 
     def before_fit(self):
-        if self.is_fit: self.avg, self.is_out = AveragedModel(self.model, multi_avg_fn=self.lerp, use_buffers=True), False
+        if not self.is_fit: return
+        self.avg, self.is_out = AveragedModel(self.model, multi_avg_fn=self.lerp, use_buffers=True), False
 
     def after_step(self):
         if self.avg is not None: self.avg.update_parameters(self.model)

@@ -17,6 +17,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy
 from fastai.callback import progress  # its import gives every Learner its bars
 
+from .average import WeightAverage
 from .checkpoint import Checkpoint, FiniteLoss
 from .data import augmentation, cifar_dls
 from .fast import FastSGD
@@ -28,8 +29,10 @@ from .schedule import StepLR, lr_scheduler
 def _default(f, name): return inspect.signature(f).parameters[name].default
 
 # the least and the most of each number; what is of type float stays below the most
-_ranges = dict(n_channels=(2, 1024), dropout=(0, 1), bs=(1, 2**20), epochs=(1, 99_999), lr=(1e-12, 1000), mom=(0, 1),
-               wd=(0, 1000), step_size=(1, 1_000_000), gamma=(1e-12, 1000))
+_ranges = dict(n_channels=(2, 1024), dropout=(0, 1), bs=(1, 2**20), held_out=(0, 25_000), epochs=(1, 99_999),
+               lr=(1e-12, 1000), mom=(0, 1), wd=(0, 1000), label_smoothing=(0, 1), average=(0, 0.5), rise=(0, 1),
+               step_size=(1, 1_000_000), gamma=(1e-12, 1000))
+_names = dict(compute=('fast', 'plain'), opt=('sgd', 'nesterov'), sched=('step', 'triangle', 'plateau', 'none'))
 
 def _span(f): # such as `0 to below 1`
     return (' to below ' if f.type is float else ' to ').join(map(str, _ranges[f.name]))
@@ -41,21 +44,26 @@ class Recipe:
     n_channels:int = _default(Net, 'n_channels')  # Channels of the wide layers: an even number, 2 to 1024
     norm:str = _default(Net, 'norm')  # Normalisation: 'bn' (batch), 'gn' (group) or 'ln' (layer)
     dropout:float = _default(Net, 'dropout')  # Part of the values that dropout makes zero: 0 to below 1
-    policy:str = _default(cifar_dls, 'policy')  # Augmentation: 'reference', 'reference_mean' or 'none'
+    policy:str = _default(cifar_dls, 'policy')  # 'reference', 'reference_mean', 'flip_crop', 'flip_crop_hole' or 'none'
     augment:str = _default(cifar_dls, 'augment')  # 'item': image by image; 'batch': whole batches, which is faster
     compute:str = 'fast'  # 'fast': faster layers, bfloat16 where the hardware has it; 'plain': torch's, in float32
     bs:int = _default(cifar_dls, 'bs')  # Images a batch: 1 to 1048576
+    held_out:int = _default(cifar_dls, 'held_out')  # Training images that validate, not the test images: 0 to 25000
     epochs:int = 100  # Passes over the training images: 1 to 99999
     lr:float = 0.05  # Learning rate of the first epoch: 1e-12 to below 1000
     mom:float = 0.9  # Momentum of SGD: 0 to below 1
-    wd:float = 0.  # Weight decay, fastai's decoupled kind: 0 to below 1000
-    sched:str = _default(lr_scheduler, 'mode')  # Falls of lr: 'step' (each step_size), 'plateau' (of the loss), 'none'
+    opt:str = 'sgd'  # Momentum: 'sgd', the plain kind, or 'nesterov'
+    wd:float = 0.  # Weight decay, fastai's decoupled kind, not for norms and biases: 0 to below 1000
+    label_smoothing:float = 0.  # Part of each label that all classes share, also in validation losses: 0 to below 1
+    average:float = 0.  # Mean age of averaged weights, as a part of the training, 0 for none: 0 to below 0.5
+    sched:str = _default(lr_scheduler, 'mode')  # Of lr: 'step' (of step_size), 'triangle', 'plateau' (of loss), 'none'
+    rise:float = _default(lr_scheduler, 'rise')  # Part of the training in which a 'triangle' rises: 0 to below 1
     step_size:int = _default(StepLR, 'step_size')  # Epochs from one step to the next: 1 to 1000000
     gamma:float = _default(StepLR, 'gamma')  # Factor of a step: 1e-12 to below 1000, below 1 for 'plateau'
 
     def __post_init__(self):
         for f in fields(self): self._check(f, getattr(self, f.name))
-        for nm, ok in (('compute', ('fast', 'plain')), ('sched', ('step', 'plateau', 'none'))):
+        for nm, ok in _names.items():
             if (v := getattr(self, nm)) not in ok:
                 raise ValueError(f'{nm} is {v!r}, but must be {" or ".join(map(repr, ok))}')
         augmentation(self.policy, self.augment), self._check_rate(*self.scheduler())
@@ -78,7 +86,11 @@ class Recipe:
                              f"must stay below {_ranges['lr'][1]}: take a lower gamma or a larger step_size")
 
     def net(self)->Net: return Net(self.n_channels, norm=self.norm, dropout=self.dropout)
-    def scheduler(self)->list: return lr_scheduler(self.sched, step_size=self.step_size, gamma=self.gamma)
+    def opt_func(self): return partial(FastSGD, mom=self.mom, nesterov=self.opt == 'nesterov')
+    def loss_func(self): return CrossEntropyLossFlat(label_smoothing=self.label_smoothing)
+    def average_cbs(self)->list: return [WeightAverage(self.average)] if self.average else []
+    def scheduler(self)->list:
+        return lr_scheduler(self.sched, rise=self.rise, step_size=self.step_size, gamma=self.gamma)
 
 # %% ../nbs/08_learner.ipynb #d5233fb1
 RECIPES = {'stated': Recipe(), 'logged': Recipe(step_size=20, dropout=0.05), 'sample': Recipe(epochs=12, bs=32)}
@@ -125,11 +137,10 @@ def s9_learner(
     "A `Learner` that follows `recipe` on `dls`: `learn.fit(100)` is the experiment, or the rest of it"
     recipe = get_recipe(recipe)
     check_batches(dls, recipe)
-    own = dict(loss_func=CrossEntropyLossFlat(), opt_func=partial(FastSGD, mom=recipe.mom), lr=recipe.lr, wd=recipe.wd,
-               metrics=accuracy)
+    own = dict(loss_func=recipe.loss_func(), opt_func=recipe.opt_func(), lr=recipe.lr, wd=recipe.wd, metrics=accuracy)
     learn = Learner(dls, recipe.net(), **{**own, **kwargs})
     if recipe.compute == 'fast': learn.to_fast()
     learn.recipe = recipe
     learn.remove_cb(learn.recorder)
     kept = [] if run_dir is None else [RunLog(run_dir), Checkpoint(run_dir, save_every, force)]
-    return learn.add_cbs([EpochRecorder(), *recipe.scheduler(), FiniteLoss(), *kept])
+    return learn.add_cbs([EpochRecorder(), *recipe.scheduler(), *recipe.average_cbs(), FiniteLoss(), *kept])

@@ -47,7 +47,7 @@ class RateSchedule(ParamScheduler):
         if self.lock.locked(): return  # `validate` or `get_preds`: inside a fit they must not move its base
         super().before_fit()
         self.bases = [h['lr'] for h in self.opt.hypers] if self.opt else []  # no optimizer: only `tta` comes by
-        if self.active: setattr(self.learn, self.name, self)  # one that a fit brought took the name with it when it left
+        if self.active: setattr(self.learn, self.name, self)  # one that a fit brought took the name with it
 
     def before_epoch(self):
         if not self.lock.locked(): self.at = self.epoch

@@ -64,8 +64,8 @@ def _loaders(data, recipe, options):
     "The images in batches, with all random generators where the seed of `options` puts them"
     if options['deterministic']: use_deterministic()
     set_seed(options['seed'])
-    dls = cifar_dls(data, recipe.bs, policy=recipe.policy, augment=recipe.augment, seed=options['seed'],
-                    num_workers=options['workers'], device=torch.device(options['device']))
+    dls = cifar_dls(data, recipe.bs, policy=recipe.policy, augment=recipe.augment, held_out=recipe.held_out,
+                    seed=options['seed'], num_workers=options['workers'], device=torch.device(options['device']))
     check_batches(dls, recipe)
     return dls
 
@@ -153,7 +153,8 @@ def s9_train(
         learn.fit(learn.recipe.epochs)
         finish(learn, run_dir)
     acc = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))['valid_accuracy']
-    print(f'test accuracy {100*acc:.2f}% after {learn.recipe.epochs} epochs; the whole run is in {shown(run_dir)}')
+    images = 'held-out' if learn.recipe.held_out else 'test'
+    print(f'{images} accuracy {100*acc:.2f}% after {learn.recipe.epochs} epochs; the whole run is in {shown(run_dir)}')
     return learn
 
 # %% ../nbs/10_train.ipynb #6156b052
