@@ -9,6 +9,8 @@ from s9_fastai.net import *
 from s9_fastai.summary import *
 from s9_fastai.fast import *
 from s9_fastai.schedule import *
+from s9_fastai.muon import *
+from s9_fastai.average import *
 from s9_fastai.record import *
 from s9_fastai.environment import *
 from s9_fastai.state import *
@@ -18,3 +20,4 @@ from s9_fastai.checkpoint import *
 from s9_fastai.learner import *
 from s9_fastai.interpret import *
 from s9_fastai.train import *
+from s9_fastai.predict import *

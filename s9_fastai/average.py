@@ -51,12 +51,13 @@ class WeightAverage(Callback):
         self.is_out = not self.is_out
 
     def before_validate(self):
-        if self.is_fit and self.avg is not None: self.swap()
+        if self.is_fit and self.avg is not None and not self.is_out: self.swap()
 
-    def after_validate(self):
+    # not right after the validation: who saves the model of an epoch wants what was validated
+    def before_train(self):
         if self.is_fit and self.is_out: self.swap()
 
     def after_fit(self):
         if not self.is_fit or self.avg is None: return
-        self.swap()
+        if not self.is_out: self.swap()
         self.avg, self.is_out = None, False

@@ -12,6 +12,7 @@ from argparse import ArgumentTypeError
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
+from inspect import signature
 
 from fastcore.docments import docments
 from fastcore.script import anno_parser
@@ -99,7 +100,9 @@ def parsed_options(
     for k in ('pdb', 'xtra'):  # of fastcore, for its own commands
         if args.pop(k) not in (None, False): parser.error(f'unrecognized arguments: --{k}')
     for k, v in args.items():  # `--out=--` is the empty list for some versions of argparse
-        if isinstance(v, list): parser.error(f'argument --{k.replace("_", "-")}: expected one argument')
+        name = f'--{k.replace("_", "-")}'
+        if isinstance(v, list) and name in parser._option_string_actions:
+            parser.error(f'argument {name}: expected one argument')
     return args
 
 # %% ../nbs/09_command.ipynb #32e7db5b
@@ -112,8 +115,9 @@ def run_command(
     for f in (sys.stdout, sys.stderr):  # names of folders need not be text
         if hasattr(f, 'reconfigure'): f.reconfigure(errors='backslashreplace')
     args = parsed_options(p)
+    rest = next((args.pop(k) for k, o in signature(func).parameters.items() if o.kind is o.VAR_POSITIONAL), ())
     try:
-        with warnings_in_one_line(p.prog): func(**args)
+        with warnings_in_one_line(p.prog): func(*rest, **args)
     except BadInput as e: complain(p.prog, e)
     except RunFailed as e: complain(p.prog, e, 1)
     except Stopped as e: complain(p.prog, e, 128 + e.signum)

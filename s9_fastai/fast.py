@@ -178,16 +178,20 @@ class FastSGD(Optimizer):
 
     @torch.no_grad()
     def _step_group(self, ps, states, lr, mom, wd):
-        decayed, steps = [p for p, s in zip(ps, states) if s.get('do_wd', True)], [p.grad for p in ps]
+        decayed = [p for p, s in zip(ps, states) if s.get('do_wd', True)]
         if wd and decayed: torch._foreach_mul_(decayed, 1 - lr*wd)
-        if self.averages:
-            for p, s in zip(ps, states):
-                if 'grad_avg' not in s: s['grad_avg'] = torch.zeros_like(p)
-            avgs = [s['grad_avg'] for s in states]
-            torch._foreach_mul_(avgs, mom)
-            torch._foreach_add_(avgs, steps)
-            steps = torch._foreach_add(steps, avgs, alpha=mom) if self.nesterov else avgs
-        torch._foreach_add_(ps, steps, alpha=-lr)
+        torch._foreach_add_(ps, self._directions(ps, states, mom), alpha=-lr)
+
+    def _directions(self, ps, states, mom):
+        "Where to go, against which a step moves each of `ps`"
+        grads = [p.grad for p in ps]
+        if not self.averages: return grads
+        for p, s in zip(ps, states):
+            if 'grad_avg' not in s: s['grad_avg'] = torch.zeros_like(p)
+        avgs = [s['grad_avg'] for s in states]
+        torch._foreach_mul_(avgs, mom)
+        torch._foreach_add_(avgs, grads)
+        return torch._foreach_add(grads, avgs, alpha=mom) if self.nesterov else avgs
 
     def zero_grad(self):
         for group in self.param_lists:

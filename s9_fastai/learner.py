@@ -21,9 +21,11 @@ from .average import WeightAverage
 from .checkpoint import Checkpoint, FiniteLoss
 from .data import augmentation, cifar_dls
 from .fast import FastSGD
-from .net import Net
+from .muon import FastMuon
+from .net import WEIGHTS, Net
 from .record import EpochRecorder, RunLog
 from .schedule import StepLR, lr_scheduler
+from .state import load_weights
 
 # %% ../nbs/08_learner.ipynb #fceadd8e
 def _default(f, name): return inspect.signature(f).parameters[name].default
@@ -32,7 +34,7 @@ def _default(f, name): return inspect.signature(f).parameters[name].default
 _ranges = dict(n_channels=(2, 1024), dropout=(0, 1), bs=(1, 2**20), held_out=(0, 25_000), epochs=(1, 99_999),
                lr=(1e-12, 1000), mom=(0, 1), wd=(0, 1000), label_smoothing=(0, 1), average=(0, 0.5), rise=(0, 1),
                step_size=(1, 1_000_000), gamma=(1e-12, 1000))
-_names = dict(compute=('fast', 'plain'), opt=('sgd', 'nesterov'), sched=('step', 'triangle', 'plateau', 'none'))
+_names = dict(compute=('fast', 'plain'), opt=('sgd', 'nesterov', 'muon'), sched=('step', 'triangle', 'plateau', 'none'))
 
 def _span(f): # such as `0 to below 1`
     return (' to below ' if f.type is float else ' to ').join(map(str, _ranges[f.name]))
@@ -52,7 +54,7 @@ class Recipe:
     epochs:int = 100  # Passes over the training images: 1 to 99999
     lr:float = 0.05  # Learning rate of the first epoch: 1e-12 to below 1000
     mom:float = 0.9  # Momentum of SGD: 0 to below 1
-    opt:str = 'sgd'  # Momentum: 'sgd', the plain kind, or 'nesterov'
+    opt:str = 'sgd'  # 'sgd' with plain momentum, 'nesterov' with Nesterov's, or 'muon', which needs fewest epochs
     wd:float = 0.  # Weight decay, fastai's decoupled kind, not for norms and biases: 0 to below 1000
     label_smoothing:float = 0.  # Part of each label that all classes share, also in validation losses: 0 to below 1
     average:float = 0.  # Mean age of averaged weights, as a part of the training, 0 for none: 0 to below 0.5
@@ -86,7 +88,9 @@ class Recipe:
                              f"must stay below {_ranges['lr'][1]}: take a lower gamma or a larger step_size")
 
     def net(self)->Net: return Net(self.n_channels, norm=self.norm, dropout=self.dropout)
-    def opt_func(self): return partial(FastSGD, mom=self.mom, nesterov=self.opt == 'nesterov')
+    def opt_func(self):
+        if self.opt == 'muon': return partial(FastMuon, mom=self.mom)
+        return partial(FastSGD, mom=self.mom, nesterov=self.opt == 'nesterov')
     def loss_func(self): return CrossEntropyLossFlat(label_smoothing=self.label_smoothing)
     def average_cbs(self)->list: return [WeightAverage(self.average)] if self.average else []
     def scheduler(self)->list:
@@ -132,13 +136,15 @@ def s9_learner(
     run_dir=None, # Folder for log, history and checkpoints of a new run or one to go on with; None: none are written
     save_every:int|None=None, # Save a checkpoint after so many batches too; None: after each epoch
     force:bool=False, # Go on although settings have changed since the run in `run_dir` stopped?
+    pretrained:bool=False, # Begin with the weights that come with the package? A ValueError if they do not fit
     **kwargs # For `Learner`, such as `cbs` or `path`, or `opt_func` in place of the recipe's
 )->Learner:
     "A `Learner` that follows `recipe` on `dls`: `learn.fit(100)` is the experiment, or the rest of it"
     recipe = get_recipe(recipe)
     check_batches(dls, recipe)
     own = dict(loss_func=recipe.loss_func(), opt_func=recipe.opt_func(), lr=recipe.lr, wd=recipe.wd, metrics=accuracy)
-    learn = Learner(dls, recipe.net(), **{**own, **kwargs})
+    net = load_weights(recipe.net(), WEIGHTS) if pretrained else recipe.net()
+    learn = Learner(dls, net, **{**own, **kwargs})
     if recipe.compute == 'fast': learn.to_fast()
     learn.recipe = recipe
     learn.remove_cb(learn.recorder)

@@ -132,6 +132,21 @@ def test_a_signal_at_each_batch_of_a_run(tmp_path, num, monkeypatch):
     assert sorted(done[n:]) == sorted(done[:n]) and len(set(done)) == n
 
 
+short = dict(n_channels=4, opt='muon', sched='triangle', average=0.2, label_smoothing=0.1, wd=0.01, compute='plain')
+
+
+@pytest.mark.parametrize('num', [None, signal.SIGTERM])
+def test_an_end_at_each_batch_with_averages(tmp_path, num, monkeypatch):
+    "In validation the averages are where the weights were"
+    monkeypatch.setattr(Break, 'send', num)
+    check(tmp_path, everywhere, recipe=get_recipe(**short), save_every=3)
+
+
+@pytest.mark.parametrize('opt', ['nesterov', 'muon'])
+def test_the_optimizers_of_recipes(tmp_path, opt):
+    check(tmp_path, [(0, 1, True, 2)], recipe=get_recipe(**{**short, 'opt': opt, 'average': 0.}), save_every=1)
+
+
 @pytest.mark.parametrize('augment, workers, compute', [('item', 2, 'plain'), ('batch', 0, 'fast'), ('batch', 1, 'plain'), ('item', 0, 'fast')])
 def test_ways_of_a_run(tmp_path, augment, workers, compute):
     recipe = get_recipe(n_channels=4, step_size=2, compute=compute, augment=augment)

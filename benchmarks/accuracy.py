@@ -1,0 +1,99 @@
+"""Trains a recipe from several seeds and appends what came of it as one line: recipe, every epoch, mean and deviation.
+
+Options that are not listed here go to s9_train as they are, such as `--epochs 8` or `--held-out 5000`. A run that was
+killed goes on when the script is started again, one that is complete is not repeated: their folders are in `runs`.
+"""
+import json
+import os
+import subprocess
+import sys
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import fields
+from pathlib import Path
+from statistics import mean, stdev
+
+import pandas as pd
+import torch
+
+from common import facts, here, save
+from kill import command
+from s9_fastai.learner import Recipe
+
+
+def told(folder): return json.loads((folder/'recipe.json').read_text())
+
+
+def history(folder):
+    "The epochs of the run in `folder`; no rows where it has none"
+    path = folder/'history.csv'
+    return pd.read_csv(path) if path.is_file() else pd.DataFrame({'epoch': []})
+
+
+def is_complete(folder):
+    return (folder/'weights.safetensors').is_file() and len(history(folder)) == told(folder)['epochs']
+
+
+def train(folder, args):
+    "One run, begun or taken up: None, or the last line of what it said when it failed"
+    if is_complete(folder): return None
+    there = (folder/'recipe.json').is_file()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    more = ['--resume', folder] if there else ['--out', folder, *args]
+    with open(folder.with_suffix('.txt'), 'a', encoding='utf-8') as f:
+        done = subprocess.run(command(*more), stdout=f, stderr=subprocess.STDOUT)
+    if not done.returncode: return None
+    said = folder.with_suffix('.txt').read_text(encoding='utf-8').strip().splitlines()
+    return f'exit code {done.returncode}: {said[-1] if said else "nothing said"}'
+
+
+def seconds(times):
+    "Seconds in a column of fastai's times, such as 01:35 or 1:00:02"
+    return sum(60**i*int(o) for t in times for i, o in enumerate(reversed(t.split(':'))))
+
+
+def curves(df):
+    "The columns of a history, as lists"
+    return {k: [round(v, 6) for v in df[k].tolist()] for k in df if k not in ('epoch', 'time')}
+
+
+def line(what, folders, failed, jobs):
+    "The result of the complete runs in `folders`, a dict by seed"
+    dfs = {seed: history(f) for seed, f in folders.items()}
+    about = next(told(f) for f in folders.values())
+    recipe = {f.name: about[f.name] for f in fields(Recipe) if f.name in about}
+    values = [100*df.valid_accuracy.iloc[-1] for df in dfs.values()]
+    images = 'held-out images' if recipe.get('held_out') else 'test images'
+    return dict(
+        what=what, measure=f'accuracy on the {images} after the last epoch', unit='%', n=len(values),
+        mean=mean(values), std=stdev(values) if len(values) > 1 else None, values=values, seeds=[*dfs], recipe=recipe,
+        number_format=about['number_format'], epochs=recipe['epochs'], failed=failed, runs_at_once=jobs,
+        seconds=[seconds(df.time) for df in dfs.values()], histories={s: curves(df) for s, df in dfs.items()}, **facts())
+
+
+def main():
+    p = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
+    p.add_argument('name', help='of the result, and of the folder of its runs')
+    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='one run from each')
+    p.add_argument('--jobs', type=int, default=1, help='runs at once')
+    p.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads of torch in each run')
+    p.add_argument('--out', type=Path, default=here/'results', help='folder of the JSON lines')
+    p.add_argument('--folder', type=Path, default=here.parent/'runs'/'accuracy', help='where the runs are')
+    args, rest = p.parse_known_args()
+    torch.set_num_threads(args.threads)  # for the record
+    os.environ['OMP_NUM_THREADS'] = str(args.threads)
+    folders = {seed: args.folder/args.name/f'seed-{seed}' for seed in args.seeds}
+    with ThreadPoolExecutor(args.jobs) as pool:
+        said = [*pool.map(lambda s: train(folders[s], ['--seed', s, *rest]), folders)]
+    failed = {seed: o for seed, o in zip(folders, said) if o}
+    for seed, o in failed.items(): print(f'seed {seed}: {o}', file=sys.stderr)
+    folders = {s: f for s, f in folders.items() if s not in failed}
+    if not folders: sys.exit('no run is complete')
+    o = line(args.name, folders, failed, args.jobs)
+    save([o], args.out)
+    spread = '' if o['std'] is None else f', standard deviation {o["std"]:.2f}'
+    print(f'{o["what"]}: {o["mean"]:.2f}% (n = {o["n"]}{spread}), {o["measure"]}')
+    sys.exit(bool(failed))
+
+
+if __name__ == '__main__': main()

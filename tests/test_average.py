@@ -1,0 +1,111 @@
+"The moving average of the weights beside what else a Learner may be asked to do"
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.tracker import SaveModelCallback
+from fastai.callback.training import GradientAccumulation
+from fastai.torch_core import set_seed
+from fastcore.basics import noop
+
+from s9_fastai.average import WeightAverage
+from s9_fastai.learner import get_recipe, s9_learner
+from s9_fastai.test_utils import synth_dls, synth_learner
+
+
+class Keep(Callback):
+    "The weights after each step, and while the model is validated"
+    order = 21
+    def before_fit(self):
+        if not self.lock.locked(): self.steps, self.valid = [], []
+    def after_step(self): self.steps.append(weights(self.learn))
+    def before_validate(self): self.valid.append(weights(self.learn))
+
+
+def weights(learn): return torch.cat([p.detach().flatten().clone() for p in learn.model.parameters()])
+
+
+def quiet(learn):
+    learn.logger = noop
+    return learn
+
+
+def mean_so_far(steps): return torch.stack(steps).mean(0)
+
+
+def mk(age=0.5, cbs=(), **kwargs): return quiet(synth_learner(cbs=[WeightAverage(age), Keep(), *cbs], **kwargs))
+
+
+def test_each_validation_and_the_end_have_the_average():
+    learn = mk()
+    learn.fit(3)
+    n = len(learn.dls.train)
+    for e, found in enumerate(learn.keep.valid): torch.testing.assert_close(found, mean_so_far(learn.keep.steps[:n*(e + 1)]))
+    torch.testing.assert_close(weights(learn), mean_so_far(learn.keep.steps))
+
+
+def test_only_steps_count():
+    "With gradients that are summed over two batches there are half as many"
+    learn = mk(cbs=[GradientAccumulation(n_acc=32)])
+    learn.fit(2)
+    assert len(learn.keep.steps) == len(learn.dls.train)
+    torch.testing.assert_close(weights(learn), mean_so_far(learn.keep.steps))
+
+
+def test_a_second_fit_begins_anew_from_the_average():
+    learn = mk()
+    learn.fit(1)
+    first = weights(learn)
+    learn.fit(1, lr=1e-9)
+    torch.testing.assert_close(weights(learn), first, atol=1e-6, rtol=1e-5)
+
+
+def test_a_look_in_between_is_at_the_weights_that_learn():
+    class Look(Callback):
+        order, seen = 30, ()
+        def after_batch(self):
+            if not self.training or self.iter != 1 or self.lock.locked(): return
+            self.learn.validate()
+            self.seen = [*self.seen, weights(self.learn)]
+            self.model.train()  # fastai leaves it in evaluation mode
+            self.learn.training = True
+    learn = mk(cbs=[Look()])
+    learn.fit(2)
+    n = len(learn.dls.train)
+    for e, found in enumerate(learn.look.seen): assert found.equal(learn.keep.steps[n*e + 1])
+
+
+def test_validate_and_lr_find_outside_of_a_fit(tmp_path):
+    learn = mk(path=tmp_path)
+    learn.fit(1)
+    before = weights(learn)
+    learn.validate(), learn.lr_find(num_it=5, show_plot=False)
+    assert weights(learn).equal(before) and learn.weight_average.avg is None
+
+
+def test_the_model_that_is_saved_is_the_one_that_was_validated(tmp_path):
+    learn = mk(cbs=[SaveModelCallback(every_epoch=True)], path=tmp_path)
+    learn.fit(2)
+    for e, valid in enumerate(learn.keep.valid):
+        found = torch.load(tmp_path/'models'/f'model_{e}.pth', weights_only=True)
+        assert torch.cat([found[k].flatten() for k, _ in learn.model.named_parameters()]).equal(valid)
+
+
+def test_running_statistics_are_averaged_and_counters_are_not():
+    set_seed(0)
+    recipe = get_recipe(n_channels=4, average=0.25, sched='none', compute='plain')
+    learn = quiet(s9_learner(synth_dls(64), recipe))
+    learn.fit(2)
+    assert learn.model.conv1.norm.num_batches_tracked == 8
+    assert learn.model.conv1.norm.running_var.isfinite().all()
+
+
+def test_a_fit_that_is_broken_off_leaves_a_learner_that_fits():
+    class Break(Callback):
+        order, on = 30, True
+        def before_validate(self):
+            if self.on: raise SystemError('broken off')
+    learn = mk(cbs=[Break()])
+    try: learn.fit(1)
+    except SystemError: pass
+    learn.remove_cb(Break)
+    learn.fit(1)
+    torch.testing.assert_close(weights(learn), mean_so_far(learn.keep.steps))
