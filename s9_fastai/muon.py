@@ -37,7 +37,7 @@ class FastMuon(FastSGD):
         lr:float|slice, # Learning rate of both kinds, one or one for each group
         mom:float=0.9, # Momentum, 0 to below 1
         wd:float=0., # Weight decay: each step multiplies the weights by 1 - lr*wd
-        scale:float=0.04, # Root mean square of Muon's step at a learning rate of 1
+        scale:float=0.0133, # Root mean square of Muon's step at a learning rate of 1
     ):
         super().__init__(params, lr, mom=mom, wd=wd, nesterov=True)
         self.scale = scale
