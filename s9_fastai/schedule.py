@@ -28,7 +28,8 @@ class RateSchedule(ParamScheduler):
     "A schedule of the learning rate that stays attached to a Learner, and makes way for one that a fit brings"
     def __init__(self):
         super().__init__({'lr': self.rates})
-        self.bases, self.hps, self.at = [], {'lr': []}, 0  # `at`: the epoch, which `validate` in a callback sets to 0
+        # `at`, `of`: epoch and number of epochs, both of which `validate` in a callback takes from the Learner
+        self.bases, self.hps, self.at, self.of = [], {'lr': []}, 0, 1
 
     def rates(self,
         pos # Where in the fit: what `rate` takes
@@ -46,6 +47,7 @@ class RateSchedule(ParamScheduler):
         "Read the base rates that `Learner.fit` has just set"
         if self.lock.locked(): return  # `validate` or `get_preds`: inside a fit they must not move its base
         super().before_fit()
+        self.of = self.n_epoch
         self.bases = [h['lr'] for h in self.opt.hypers] if self.opt else []  # no optimizer: only `tta` comes by
         if self.active: setattr(self.learn, self.name, self)  # one that a fit brought took the name with it
 
@@ -121,7 +123,7 @@ class TriangularLR(RateSchedule):
         self.rise = rise
 
     @property
-    def pos(self): return self.pct_train
+    def pos(self): return (self.at + self.iter/len(self.dls.train))/self.of
 
     def rate(self,
         base:float, # Learning rate at the corner of the triangle

@@ -34,3 +34,23 @@ def test_a_run_prints_a_table_and_appends_lines(tmp_path):
 def test_without_data_it_says_so():
     done = run('epochs.py', S9_CIFAR10='')
     assert done.returncode == 2 and 'S9_CIFAR10' in done.stderr.splitlines()[-1] and done.stdout == ''
+
+
+def test_runs_from_several_seeds_are_one_line_and_go_on(tmp_path):
+    args = ['accuracy.py', 'try', '--seeds', 0, 1, '--folder', tmp_path/'runs', '--out', tmp_path/'results', '--recipe', 'fast', '--data', 'sample',
+            '--n-channels', 4, '--bs', 500]
+    for epochs in (1, 1):  # the second time nothing is trained
+        done = run(*args, '--epochs', epochs)
+        assert done.returncode == 0 and 'try: ' in done.stdout and 'n = 2' in done.stdout, done.stderr
+    lines = [json.loads(o) for o in (tmp_path/'results'/'accuracy.jsonl').read_text().splitlines()]
+    assert len(lines) == 2 and lines[0]['values'] == lines[1]['values'] and lines[0]['seconds'] == lines[1]['seconds']
+    o = lines[0]
+    assert o['n'] == 2 and o['seeds'] == [0, 1] and o['failed'] == {} and o['recipe']['opt'] == 'muon' and o['epochs'] == 1
+    assert abs(o['mean'] - sum(o['values'])/2) < 1e-9 and {*o['histories']} == {'0', '1'} and len(o['histories']['0']['train_loss']) == 1
+    assert {'hardware', 'versions', 'commit', 'command', 'date'} <= o.keys()
+
+
+def test_a_run_that_fails_is_told(tmp_path):
+    args = ['accuracy.py', 'bad', '--seeds', 0, '--folder', tmp_path/'runs', '--out', tmp_path/'results', '--data', 'sample', '--bs', 'x']
+    done = run(*args)
+    assert done.returncode == 1 and "'x' is not a whole number" in done.stderr and not (tmp_path/'results').exists()

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pytest
 import torch
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException, TrainEvalCallback
@@ -17,7 +18,7 @@ from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import noop
 
-from s9_fastai.schedule import PlateauLR, StepLR, lr_scheduler, lr_setters
+from s9_fastai.schedule import PlateauLR, StepLR, TriangularLR, lr_scheduler, lr_setters
 from s9_fastai.test_utils import synth_dls, synth_groups, synth_learner, synth_model
 
 nb = 2  # batches an epoch of `mk`
@@ -368,10 +369,10 @@ def test_whole_epochs_only():
 
 
 def test_bad_modes():
-    with pytest.raises(ValueError, match="mode is 'cosine': .* 'step', 'plateau' or 'none'"): lr_scheduler('cosine')
+    with pytest.raises(ValueError, match="mode is 'cosine': .* 'step', 'triangle', 'plateau' or 'none'"): lr_scheduler('cosine')
     with pytest.raises(ValueError, match='patience is 0: it counts whole epochs'): lr_scheduler('plateau', patience=0)
     with pytest.raises(ValueError, match='gamma is 1.0: .* below 1'): lr_scheduler('plateau', gamma=1.)
-    for mode in ('step', 'plateau', 'none'):
+    for mode in ('step', 'triangle', 'plateau', 'none'):
         with pytest.raises(ValueError, match='step_size is 0'): lr_scheduler(mode, step_size=0)
 
 
@@ -457,3 +458,40 @@ def test_broken_off_lr_find_does_not_switch_plateau_off(mk):
 def test_plateau_refuses_what_it_cannot_change(mk):
     learn = mk(PlateauLR(), opt_func=partial(OptimWrapper, opt=torch.optim.SGD))
     with pytest.raises(TypeError, match="opt is an OptimWrapper: .* use SGD"): learn.fit(1)
+
+
+# -- the triangle
+
+def test_a_look_at_the_validation_set_in_an_epoch_moves_no_rate(mk):
+    "`validate` in a callback sets the Learner's epoch to 0 until the next one begins"
+    class Look(Callback):
+        order = 50
+        def after_batch(self):
+            if self.training and self.iter == 0 and not self.lock.locked():
+                self.learn.validate()
+                self.learn.training = True
+    for sched in (lambda: StepLR(1, 0.5), TriangularLR):
+        rates = []
+        for cbs in ((), (Look(),)):
+            learn = mk(sched(), *cbs)
+            learn.fit(3, 0.1)
+            rates.append(learn.recorder.hps['lr'])
+        assert rates[0] == rates[1]
+
+
+def test_a_triangle_stretches_and_makes_way(mk):
+    for n in (1, 2, 7):
+        learn = mk(TriangularLR(0.25))
+        learn.fit(n, 0.2)
+        rates = learn.recorder.hps['lr']
+        assert rates[0] == 0 and max(rates) <= 0.2 and len(rates) == n*len(learn.dls.train)
+        np.testing.assert_allclose(rates, [TriangularLR(0.25).rate(0.2, i/len(rates)) for i in range(len(rates))], rtol=1e-12)
+    plain = mk()
+    for o in (plain, learn): o.fit_one_cycle(2, 0.1)
+    assert plain.recorder.hps['lr'] == learn.recorder.hps['lr']
+
+
+@pytest.mark.parametrize('rise', [-0.1, 1, 1.5, float('nan'), True, None, '0.2'])
+def test_bad_rises(rise):
+    with pytest.raises(ValueError, match='rise is .*from 0 to below 1'): TriangularLR(rise)
+    with pytest.raises(ValueError, match='rise is'): lr_scheduler('triangle', rise=rise)

@@ -1,0 +1,85 @@
+"""The weights that come with the package, and their model card, from a run of `benchmarks/accuracy.py`.
+
+    python tools/weights.py NAME SEED    take the weights of that run; measure them with benchmarks/robustness.py
+    python tools/weights.py --card       write the card anew from benchmarks/results
+    python tools/weights.py --check      exit with 1 if the card is not what the results say of these weights
+"""
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+root = Path(__file__).resolve().parent.parent
+data, results = root/'s9_fastai'/'data', root/'benchmarks'/'results'
+
+from s9_fastai.learner import Recipe
+from s9_fastai.net import Net
+from s9_fastai.state import load_weights, read_tensors, save_weights
+
+
+def newest(script, what):
+    "The last line of `script` that is called `what`"
+    found = [json.loads(o) for o in (results/f'{script}.jsonl').read_text(encoding='utf-8').splitlines()]
+    return [o for o in found if o['what'] == what][-1]
+
+
+def take(name, seed):
+    "Put the weights of a run into the package, with what they are in the header"
+    net = load_weights(Net(), root/'runs'/'accuracy'/name/f'seed-{seed}'/'weights.safetensors')
+    save_weights(net, data/'net.safetensors', result=name, seed=str(seed), recipe=json.dumps(newest('accuracy', name)['recipe']))
+    subprocess.run([sys.executable, root/'benchmarks'/'robustness.py'], check=True)
+
+
+def table(head, rows): return '\n'.join(['| ' + ' | '.join(head) + ' |', '|'+'---|'*len(head), *('| ' + ' | '.join(map(str, r)) + ' |' for r in rows)])
+
+
+def card():
+    "The model card, as Markdown"
+    _, about = read_tensors(data/'net.safetensors')
+    acc, rob, plain = newest('accuracy', about['result']), newest('robustness', 'net.safetensors'), Recipe()
+    n, per_class = rob['n_test'], rob['n_test']//10
+    changed = ', '.join(f'{k} {v}' for k, v in acc['recipe'].items() if getattr(plain, k) != v)
+    classes = table(['class', 'recognised'], [(c, f'{k/per_class:.1%}') for c, k in rob['by_class'].items()])
+    harder = table(['corruption', 'strengths', *(f'severity {i}' for i in range(1, 6))],
+                   [(nm, ', '.join(map(str, rob['strengths'][nm])), *(f'{k/n:.1%}' for k in ks)) for nm, ks in rob['corruptions'].items()])
+    spread = f', standard deviation {acc["std"]:.2f}' if acc['std'] else ''
+    return f"""# Model card of `net.safetensors`
+
+A `Net` of {sum(p.numel() for p in Net().parameters()):,} parameters, float32, for `Net.pretrained()`, `s9_learner(dls, pretrained=True)` and `s9_predict`.
+
+**Accuracy: {rob['correct']} of the {n:,} test images of CIFAR-10 ({rob['correct']/n:.2%}), counted in float32.** The recipe reaches {acc['mean']:.2f}% (mean over seeds {', '.join(map(str, acc['seeds']))}; n = {acc['n']}{spread}; {acc['number_format']}).
+These are the weights of seed {about['seed']}, which was not chosen by its accuracy.
+
+- **Data.** The 50,000 training images of CIFAR-10 (Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009), all of them. Nothing else, no other network's weights. The recipe was chosen on 5,000 of them that were held out.
+- **Recipe.** {about['result']}: {acc['epochs']} epochs; where it differs from the experiment's recipe: {changed}. `{acc['command'].replace('--threads 1 ', '')}` trains it again.
+- **Hardware.** {acc['hardware']['cpu']}, {acc['hardware']['cores']} cores; torch {acc['versions']['torch']}, fastai {acc['versions']['fastai']}.
+
+## By class
+
+{classes}
+
+## With corruptions
+
+Made on the fly by `benchmarks/robustness.py`, with the strengths of CIFAR-10-C (Hendrycks and Dietterich, *Benchmarking Neural Network Robustness to Common Corruptions and Perturbations*, 2019). The images are not the files of CIFAR-10-C, so compare with care.
+
+{harder}
+
+## Limits
+
+- Ten classes, and no word for anything else: it names one of them for every image, with a probability that says little about images of another kind.
+- Trained on 32x32 pixels. A photograph is cut to its middle square and made that small first; what is not in the middle is not seen.
+- Noise, blur and low contrast cost accuracy, as the table shows. It was not trained against them.
+- CIFAR-10's images were collected from the web in 2008 with search words. What is rare there is rare here.
+- For teaching and experiments. Not for decisions about people or safety.
+"""
+
+
+def main():
+    path = data/'model_card.md'
+    if len(sys.argv) == 3: take(sys.argv[1], sys.argv[2])
+    elif sys.argv[1:] not in (['--card'], ['--check']): sys.exit(__doc__)
+    if '--check' in sys.argv: sys.exit('the model card is stale: run python tools/weights.py --card' if path.read_text(encoding='utf-8') != card() else 0)
+    path.write_text(card(), encoding='utf-8')
+
+
+if __name__ == '__main__': main()
