@@ -199,7 +199,7 @@ read = {  # fault: options, and what the message says
     'not a number (nan)': ('--lr nan', 'lr is nan, but must be 1e-12 to below 1000'),
     'an infinite number': ('--wd 1e400', 'wd is inf, but must be 0 to below 1000'),
     'a rate that leaves its range': ('--gamma 100', 'gamma is 100.0, which makes lr 5.0e+06 within 100 epochs, but it must stay below 1000: take a lower gamma'),
-    'an endless value': (f'--recipe {x5000}', "xxx', but must be one of stated, logged, sample"),
+    'an endless value': (f'--recipe {x5000}', "xxx', but must be one of stated, logged, sample, fast"),
     'characters that no terminal can show': ('--recipe \x1b[31m', "recipe is '\\x1b[31m', but must be one of"),
     'a device that is not there': ('--device abacus', "device is 'abacus', but this machine has no such device: use cpu"),
     'a device that computes nothing': ('--device meta', "device is 'meta', but this machine has no such device: use cpu"),
