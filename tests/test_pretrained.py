@@ -16,6 +16,7 @@ from s9_fastai.data import cifar_dls
 from s9_fastai.facts import MEAN, STD
 from s9_fastai.learner import get_recipe, s9_learner
 from s9_fastai.net import WEIGHTS, Net
+from s9_fastai.predict import main_predict
 
 root = Path(__file__).resolve().parent.parent
 lines = [json.loads(o) for o in (root/'benchmarks'/'results'/'robustness.jsonl').read_text(encoding='utf-8').splitlines()]
@@ -88,6 +89,8 @@ def test_the_command(photos):
 @pytest.mark.parametrize('args, msg', [([], 'no image: name one or more files'), (['nowhere.png'], 'nowhere.png: no such file'), ([root], 'not a file'),
                                        ([root/'README.md'], 'cannot be read as an image'), (['PHOTO', '--top', 0], 'top is 0, but must be 1 to 10'),
                                        (['PHOTO', '--top', 'x'], "'x' is not a whole number"), (['PHOTO', '--foo'], 'unrecognized arguments: --foo')])
-def test_bad_input_is_one_line_and_exit_code_2(args, msg, photos):
-    done = predict(*[photos[0] if o == 'PHOTO' else o for o in args])
-    assert done.returncode == 2 and msg in done.stderr and done.stderr.count('\n') == 1 and done.stdout == ''
+def test_bad_input_is_one_line_and_exit_code_2(args, msg, photos, monkeypatch, capsys):
+    monkeypatch.setattr(sys, 'argv', ['s9_predict', *(str(photos[0] if o == 'PHOTO' else o) for o in args)])
+    with pytest.raises(SystemExit) as e: main_predict()
+    out, err = capsys.readouterr()
+    assert e.value.code == 2 and msg in err and err.count('\n') == 1 and err.startswith('s9_predict: ') and out == ''

@@ -92,7 +92,7 @@ def test_every_field_of_the_recipe_is_an_option():
 bad = [('--recipe fastest', "'fastest', but must be one of stated, logged, sample, fast"), ('--epochs 0', 'epochs is 0, but must be 1 to 99999'),
        ('--epochs three', "'three' is not a whole number"), ('--lr -1', 'lr is -1.0'), ('--lr nan', 'lr is nan'), ('--dropout 1', 'dropout is 1.0'),
        ('--norm xx', "norm is 'xx'"), ('--policy xx', "policy is 'xx'"), ('--augment xx', "augment is 'xx', but must be 'item' or 'batch'"),
-       ('--compute xx', "compute is 'xx', but must be 'fast' or 'plain'"), ('--n-channels 37', 'n_channels is 37'), ('--sched xx', "sched is 'xx', but must be 'step' or 'plateau' or 'none'"),
+       ('--compute xx', "compute is 'xx', but must be 'fast' or 'plain'"), ('--n-channels 37', 'n_channels is 37'), ('--sched xx', "sched is 'xx', but must be 'step' or 'triangle' or 'plateau' or 'none'"),
        ('--seed -1', 'seed is -1'), ('--workers -1', 'workers is -1, but must be 0 to 256'), ('--device abacus', "device is 'abacus'"), ('--bs 0', 'bs is 0'),
        ('--data nowhere', 'nowhere: no such file or folder'), ('--foo', 'unrecognized arguments: --foo'), ('--out FILE', 'which is a file: name a folder'),
        ('--out FILE/run', 'cannot be written'), ('--out FULL', 'not empty: name another one'), ('--out /proc/run', 'cannot be written')]
