@@ -367,22 +367,22 @@ def test_the_pause_is_no_part_of_the_epochs_time(tmp_path, monkeypatch):
 
 # The command
 
-def test_killed_in_two_ways():
+def test_killed_in_a_write():
     "The long form of this test is below"
-    kinds = 'in a write', 'between log and history'
+    kinds = 'in a write',
     with pytest.MonkeyPatch.context() as mp:
         mp.setattr(kill, 'KINDS', kinds)
         mp.setenv('OMP_NUM_THREADS', '1')
-        found = list(kill.trials(2, epochs=2, bs=250, seed=0, variants=kill.VARIANTS[:1]))
-    assert [o['same'] for o in found] == [True]*2 and [o['kind'] for o in found] == list(kinds)
+        found = list(kill.trials(1, epochs=2, bs=250, seed=0, variants=kill.VARIANTS[:1]))
+    assert [o['same'] for o in found] == [True] and [o['kind'] for o in found] == list(kinds)
 
 
 @pytest.mark.slow
-def test_killed_ten_times(monkeypatch):
+def test_killed_six_times(monkeypatch):
     "At new moments each time; benchmarks/kill.py does it twenty times and keeps what it found"
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
-    found = list(kill.trials(10, epochs=2, bs=250, seed=os.urandom(8).hex()))
-    assert [o['same'] for o in found] == [True]*10, [o for o in found if not o['same']]
+    found = list(kill.trials(6, epochs=2, bs=250, seed=os.urandom(8).hex()))
+    assert [o['same'] for o in found] == [True]*6, [o for o in found if not o['same']]
 
 
 @pytest.mark.parametrize('augment', ['item', 'batch'])
