@@ -4,14 +4,16 @@ The corruptions are those of CIFAR-10-C (Hendrycks and Dietterich, 2019, five se
 their strengths are the ones of its published code. The images are ours, so compare with CIFAR-10-C itself with care.
 """
 import os
+from io import BytesIO
 
 import cv2
 import numpy as np
 import torch
+from PIL import Image
 
 from common import facts, options, parse, save
-from s9_fastai.facts import CLASSES, MEAN, STD
 from s9_fastai.cifar import load_cifar
+from s9_fastai.facts import CLASSES, MEAN, STD
 from s9_fastai.net import WEIGHTS, Net
 
 
@@ -21,8 +23,11 @@ def contrast(x, factor, rng): return (x - x.mean((1, 2), keepdims=True))*factor 
 
 
 def jpeg(x, quality, rng):
-    def coded(o): return cv2.imdecode(cv2.imencode('.jpg', o, [cv2.IMWRITE_JPEG_QUALITY, quality])[1], cv2.IMREAD_COLOR)
-    return np.stack([coded(o) for o in x.astype(np.uint8)])
+    def coded(o):
+        with BytesIO() as f:
+            Image.fromarray(o).save(f, 'JPEG', quality=quality)
+            return np.asarray(Image.open(f).convert('RGB'))
+    return np.stack([*map(coded, x.astype(np.uint8))])
 
 
 corruptions = {

@@ -73,21 +73,16 @@ def reference_policy(
         A.CenterCrop(32, 32)])
 
 # %% ../nbs/01_augment.ipynb #90d3f6aa
-def flip_crop_policy(
-    hole:int=0, # Height and width of a hole in the mean colour, in pixels; 0: none
-)->A.Compose: # For uint8 images (H, W, 3) of 32x32 pixels
+def flip_crop_policy()->A.Compose: # For uint8 images (H, W, 3) of 32x32 pixels
     "What is usual for CIFAR-10: mirror half of the images, shift all by up to 4 pixels, the border reflected"
-    mean = tuple(round(255*c) for c in MEAN)
-    holes = [A.CoarseDropout(num_holes_range=(1, 1), hole_height_range=(hole, hole), hole_width_range=(hole, hole),
-                             fill=mean, p=1)] if hole else []
     return A.Compose([A.HorizontalFlip(p=0.5), A.PadIfNeeded(40, 40, border_mode=cv2.BORDER_REFLECT_101),
-                      A.RandomCrop(32, 32), *holes])
+                      A.RandomCrop(32, 32)])
 
 # %% ../nbs/01_augment.ipynb #bc3b559f
 POLICIES = {'reference': reference_policy,
             'reference_mean': partial(reference_policy, fill=tuple(round(255*c) for c in MEAN)),
             'flip_crop': flip_crop_policy,
-            'flip_crop_hole': partial(flip_crop_policy, hole=8),
+
             'none': partial(A.Compose, [])}
 
 # %% ../nbs/01_augment.ipynb #f306980d

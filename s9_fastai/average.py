@@ -12,6 +12,8 @@ import torch
 from fastai.callback.core import Callback
 from torch.optim.swa_utils import AveragedModel
 
+from .fits import in_fit
+
 # %% ../nbs/06_average.ipynb #efbd7368
 class WeightAverage(Callback):
     "Validates, and ends a fit, with a moving average of the weights and running statistics over the steps of the fit"
@@ -25,8 +27,7 @@ class WeightAverage(Callback):
         # `is_out`: the averages are in the model, and the weights that learn are in `avg`
         self.age, self.avg, self.is_out = age, None, False
 
-    @property
-    def is_fit(self): return not self.lock.locked() and not hasattr(self.learn, 'lr_finder')  # and not `validate`
+
 
     def lerp(self, avgs, news, n_averaged):
         "Take the tensors `avgs`, means of `n_averaged` steps, one step further"
@@ -35,7 +36,7 @@ class WeightAverage(Callback):
         for avg, new in zip(avgs, news): avg.copy_(new)  # a counter
 
     def before_fit(self):
-        if not self.is_fit: return
+        if not in_fit(self.learn): return
         self.avg, self.is_out = AveragedModel(self.model, multi_avg_fn=self.lerp, use_buffers=True), False
 
     def after_step(self):
@@ -51,13 +52,13 @@ class WeightAverage(Callback):
         self.is_out = not self.is_out
 
     def before_validate(self):
-        if self.is_fit and self.avg is not None and not self.is_out: self.swap()
+        if in_fit(self.learn) and self.avg is not None and not self.is_out: self.swap()
 
     # not right after the validation: who saves the model of an epoch wants what was validated
     def before_train(self):
-        if self.is_fit and self.is_out: self.swap()
+        if in_fit(self.learn) and self.is_out: self.swap()
 
     def after_fit(self):
-        if not self.is_fit or self.avg is None: return
+        if not in_fit(self.learn) or self.avg is None: return
         if not self.is_out: self.swap()
         self.avg, self.is_out = None, False

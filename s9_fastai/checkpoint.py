@@ -20,6 +20,7 @@ from filelock import FileLock, Timeout
 from .data import KeyedDL
 from .environment import changes
 from .files import naming, remove_leftovers
+from .fits import in_fit
 from .resume import SkipTo, learner_state, load_learner_state, load_model_state, load_random_state
 from .saved import CannotGoOn, Place, checkpoint_files, checkpoint_name, newest_checkpoint
 from .schedule import RateSchedule, stretches
@@ -33,7 +34,7 @@ class FiniteLoss(Callback):
     order = -5  # right after the loss, before other callbacks use it
 
     def after_loss(self):
-        if self.lock.locked() or hasattr(self.learn, 'lr_finder') or not len(self.yb): return  # these may diverge
+        if not in_fit(self.learn) or not len(self.yb): return  # these may diverge
         loss, part = self.learn.loss.item(), 'training' if self.training else 'validation'
         if not math.isfinite(loss):
             at = f'{part} batch {self.iter + 1} of epoch {self.epoch + 1}'
@@ -61,9 +62,7 @@ class Checkpoint(Callback):
 
     def __getstate__(self): return {**super().__getstate__(), 'note': SignalNote(), 'file_lock': None}  # for `export`
 
-    @property
-    def is_fit(self):  # and not `validate`, `get_preds` or `lr_find`, which pass through the same events
-        return not self.lock.locked() and not hasattr(self.learn, 'lr_finder')
+
 
     @property
     def can_skip(self): return all(isinstance(dl, KeyedDL) for dl in self.dls.loaders)
@@ -72,7 +71,7 @@ class Checkpoint(Callback):
 @patch
 def before_fit(self:Checkpoint):
     "Look for a checkpoint to go on from; else save the very beginning"
-    if not self.is_fit: return
+    if not in_fit(self.learn): return
     if self.every and not self.can_skip:
         raise ValueError(f'every is {self.every}, but these loaders cannot begin in the middle of an epoch: use a '
                          'KeyedDL, or every=None')
@@ -186,15 +185,15 @@ def take_forced(self:Checkpoint,
 
 @patch
 def before_epoch(self:Checkpoint):
-    if self.is_fit: self.at = self.epoch
+    if in_fit(self.learn): self.at = self.epoch
 
 @patch
 def before_train(self:Checkpoint):
-    if self.pending and self.is_fit: self.restore()
+    if self.pending and in_fit(self.learn): self.restore()
 
 @patch
 def before_validate(self:Checkpoint):
-    if self.pending and self.is_fit: self.restore()
+    if self.pending and in_fit(self.learn): self.restore()
 
 # %% ../nbs/07_checkpoint.ipynb #3ea4a358
 @patch
@@ -219,7 +218,7 @@ def save(self:Checkpoint,
 @patch
 def after_batch(self:Checkpoint):
     "Save if it is time, or if a signal came"
-    if not self.is_fit: return
+    if not in_fit(self.learn): return
     part, batch = 'train' if self.training else 'valid', self.iter + 1
     stop = self.note.signum is not None
     if self.can_skip if stop else part == 'train' and self.every and batch % self.every == 0:
@@ -228,7 +227,7 @@ def after_batch(self:Checkpoint):
 
 @patch
 def after_epoch(self:Checkpoint):
-    if not self.is_fit: return
+    if not in_fit(self.learn): return
     self.save(Place(self.at + 1, 'train', 0))
     if self.note.signum is not None: self.stop()
 
@@ -248,7 +247,7 @@ def release(self:Checkpoint):
 
 @patch
 def after_fit(self:Checkpoint):
-    if not self.is_fit: return
+    if not in_fit(self.learn): return
     self.learn.remove_cb(SkipTo)
     if not self.is_over: self.save(Place(self.at + 1, 'train', 0), done=True)
     self.n_fits += 1

@@ -46,7 +46,7 @@ class Recipe:
     n_channels:int = _default(Net, 'n_channels')  # Channels of the wide layers: an even number, 2 to 1024
     norm:str = _default(Net, 'norm')  # Normalisation: 'bn' (batch), 'gn' (group) or 'ln' (layer)
     dropout:float = _default(Net, 'dropout')  # Part of the values that dropout makes zero: 0 to below 1
-    policy:str = _default(cifar_dls, 'policy')  # 'reference', 'reference_mean', 'flip_crop', 'flip_crop_hole' or 'none'
+    policy:str = _default(cifar_dls, 'policy')  # 'reference', 'reference_mean', 'flip_crop' or 'none'
     augment:str = _default(cifar_dls, 'augment')  # 'item': image by image; 'batch': whole batches, which is faster
     compute:str = 'fast'  # 'fast': faster layers, bfloat16 where the hardware has it; 'plain': torch's, in float32
     bs:int = _default(cifar_dls, 'bs')  # Images a batch: 1 to 1048576

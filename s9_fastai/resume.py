@@ -18,6 +18,7 @@ from fastai.torch_core import to_device
 from fastcore.foundation import L
 
 from .data import KeyedDL
+from .fits import in_fit
 from .saved import Place
 from .state import check_weights, load_object_state, object_state
 
@@ -153,9 +154,7 @@ class SkipTo(Callback):
         place:Place, # Where the fit goes on
     ): self.place, self.silent = place, []
 
-    @property
-    def is_fit(self):  # and not `validate` or `lr_find`, in a callback or after a fit that was broken off
-        return not self.lock.locked() and not hasattr(self.learn, 'lr_finder')
+
 
     def silence(self):
         if not self.silent: self.silent = [(cb, cb.run) for cb in self.learn.cbs if cb is not self]
@@ -166,7 +165,7 @@ class SkipTo(Callback):
         self.silent = []
 
     def before_epoch(self):
-        if not self.is_fit: return
+        if not in_fit(self.learn): return  # in a callback, or after a fit that was broken off
         if self.learn.epoch >= self.place.epoch: return self.wake()
         # fastprogress takes its time from the first update, which must be one to 0
         if self.learn.epoch == 0 and hasattr(bars := getattr(self.learn, 'progress', None), 'mbar'): bars.mbar.update(0)
@@ -174,7 +173,7 @@ class SkipTo(Callback):
         raise CancelEpochException
 
     def before_train(self):
-        if not self.is_fit or (self.learn.epoch, 'valid') != (self.place.epoch, self.place.part): return
+        if not in_fit(self.learn) or (self.learn.epoch, 'valid') != (self.place.epoch, self.place.part): return
         self.silence()
         raise CancelTrainException
 
@@ -183,6 +182,6 @@ class SkipTo(Callback):
     def before_batch(self):
         "Count the batches that the loader leaves out"
         part = 'train' if self.learn.training else 'valid'
-        if self.is_fit and (self.learn.epoch, part) == self.place[:2]: self.learn.iter += self.place.batch
+        if in_fit(self.learn) and (self.learn.epoch, part) == self.place[:2]: self.learn.iter += self.place.batch
 
     def after_fit(self): self.wake()

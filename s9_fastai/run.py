@@ -7,7 +7,7 @@ __all__ = ['get_device', 'run_path', 'new_run_dir', 'describe_run', 'check_optio
            'check_same_run']
 
 # %% ../nbs/09_run.ipynb #7cb6eb97
-import json, os, warnings
+import json, os, re, warnings
 from contextlib import suppress
 from dataclasses import asdict, fields
 from datetime import datetime
@@ -61,6 +61,11 @@ def _make(path, own):
             if not (own and new.exists()): raise
         else: return new
 
+# what a run leaves behind that is killed before its recipe.json is there
+_traces = re.compile(r'checkpoints(/lock)?|(\.\d+-)?\.writable|\.\d+-recipe\.json')
+
+def _is_unused(path): return all(_traces.fullmatch(p.relative_to(path).as_posix()) for p in path.rglob('*'))
+
 def new_run_dir(
     out=None, # Folder to make; an empty one may be there; None: a new one under `runs`, named by recipe and time
     recipe_name:str='run', # First part of the name that is made up
@@ -75,7 +80,7 @@ def new_run_dir(
         path = _make(path, own=out is None)
         with replacing(path/'.writable') as f: f.touch()
         (path/'.writable').unlink()
-        if not any(path.iterdir()): return path
+        if _is_unused(path): return path
     except (OSError, ValueError, RecursionError) as e:
         for p in missing:
             with suppress(OSError, ValueError): p.rmdir()

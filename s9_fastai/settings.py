@@ -25,10 +25,8 @@ def _plain(o): return ' '.join(_noise.sub('', str(o)).split())
 
 def _transforms(pipe): return _plain([*getattr(pipe, 'fs', [pipe])])  # of a `Pipeline`, or any function in its place
 
-def _loss(f):  # with the numbers that it was made with, such as label smoothing
-    args = {k: v for k, v in vars(getattr(f, 'func', f)).items() if isinstance(v, (int, float)) and k[0] != '_'} \
-        if hasattr(getattr(f, 'func', f), '__dict__') else {}
-    return _plain(f'{f} {args}')
+def _numbers(o):  # with which `o` was made, such as label smoothing or Nesterov's momentum
+    return {k: v for k, v in getattr(o, '__dict__', {}).items() if isinstance(v, (int, float)) and k[0] != '_'}
 
 def describe_callback(
     cb, # Any callback
@@ -50,13 +48,15 @@ def fit_settings(
     "What the result of a fit of `learn` depends on"
     recipe = asdict(learn.recipe) if hasattr(learn, 'recipe') else {}
     dl, device, opt = learn.dls.train, next(learn.model.parameters()).device, getattr(learn.opt, 'opt', learn.opt)
+    loss = learn.loss_func
     cbs = [describe_callback(cb) for cb in learn.cbs.sorted('order')
            if cb.name not in _bystanders and type(cb).__module__ != 'fastai.callback.progress']
     return {**{k: v for k, v in recipe.items() if k != 'epochs'},
             'bs': getattr(dl, 'bs', getattr(dl, 'batch_size', None)), 'images': len(dl.dataset),
             'data_key': getattr(learn.dls, 'data_key', None),
             **{nm: _transforms(getattr(dl, nm, None)) for nm in ('after_item', 'before_batch', 'after_batch')},
-            'optimizer': _plain([type(opt).__name__, *getattr(opt, 'cbs', ())]), 'loss_func': _loss(learn.loss_func),
+            'optimizer': _plain([type(opt).__name__, *getattr(opt, 'cbs', ()), _numbers(opt)]),
+            'loss_func': _plain([loss, _numbers(getattr(loss, 'func', loss))]),
             'callbacks': ', '.join(cbs), 'device': device.type,
             'numbers': str(number_format(device)) if hasattr(learn, 'autocast') else 'as in the model',
             'n_epoch': learn.n_epoch, **{k: [h.get(k) for h in learn.opt.hypers] for k in ('lr', 'wd')},

@@ -24,8 +24,6 @@ def _put(t, tensors): # the place of a copy of `t`
     tensors.append(t.detach().as_subclass(torch.Tensor).cpu().clone(memory_format=torch.contiguous_format))
     return len(tensors) - 1
 
-
-
 def _are_tensors(types): return all(issubclass(t, torch.Tensor) and t is not torch.nn.Parameter for t in types)
 
 def _encode_list(o, tensors):

@@ -378,28 +378,34 @@ values = st.one_of(scalars, st.builds(lambda v: {'list': v}, st.lists(scalars, m
                    st.builds(lambda k, v: {'dict': [[k, {'dict': [['value', v]]}]]}, scalars, scalars), st.builds(lambda i: {'tensor': i}, st.integers(0, 140)), st.builds(lambda v: [v], scalars))
 
 
+def forger(run_dir):
+    "The JSON of the newest checkpoint in `run_dir`, and a function that puts another one in its place, all else as it is now"
+    for p in files(run_dir)[:-1]: p.unlink()
+    path, = files(run_dir)
+    tensors, _ = read_tensors(path)
+    kept = {nm: (run_dir/nm).read_bytes() for nm in ('log.txt', 'history.csv')}
+    def forge(o):
+        for p in files(run_dir): p.unlink()
+        for nm, data in kept.items(): (run_dir/nm).write_bytes(data)
+        text = json.dumps(o).encode()
+        write_tensors(path, {**tensors, 'json': torch.frombuffer(bytearray(text), dtype=torch.uint8)})
+    return json.loads(tensors['json'].numpy().tobytes()), forge
+
+
 def test_any_forgery(state, tmp_path, monkeypatch):
     "A part of the JSON is replaced by anything, and the checksum is right: ValueError, or the fit goes on"
     shutil.copytree(state, tmp_path/'run')
-    for p in files(tmp_path/'run')[:-1]: p.unlink()
-    path, = files(tmp_path/'run')
-    tensors, _ = read_tensors(path)
-    right = json.loads(tensors['json'].numpy().tobytes())
-    places = list(parts(right))
     (tmp_path/'elsewhere').mkdir()
-    kept = {nm: (tmp_path/'run'/nm).read_bytes() for nm in ('log.txt', 'history.csv')}
+    right, forge = forger(tmp_path/'run')
     dls, seen, results = tiny_dls(), [], []
 
     real = Checkpoint.restore
     monkeypatch.setattr(Checkpoint, 'restore', lambda self: (real(self), seen.append('restored'))[0])
 
     @fuzz(max_examples=100)
-    @given(st.sampled_from(places), values)
+    @given(st.sampled_from([*parts(right)]), values)
     def check(at, v):
-        for p in files(tmp_path/'run'): p.unlink()
-        for nm, data in kept.items(): (tmp_path/'run'/nm).write_bytes(data)
-        text = json.dumps(replace_part(right, at, v)).encode()
-        write_tensors(path, {**tensors, 'json': torch.frombuffer(bytearray(text), dtype=torch.uint8)})
+        forge(replace_part(right, at, v))
         learn = mk(tmp_path/'run', dls)
         seen.clear()
         try: learn.fit(3)

@@ -35,6 +35,7 @@ from s9_fastai.checkpoint import Checkpoint, FiniteLoss
 from s9_fastai.cifar import Cifar10, Split
 from s9_fastai.command import plain_message
 from s9_fastai.data import CifarDL, cifar_block
+from s9_fastai.fits import in_fit
 from s9_fastai.files import replacing
 from s9_fastai.interpret import plot_curves, plot_misclassified
 from s9_fastai.learner import get_recipe, s9_learner
@@ -186,7 +187,7 @@ def limit():
     limit.close()
 
 
-def is_epoch(n): return lambda self, *args: self.epoch == n and self.is_fit
+def is_epoch(n): return lambda self, *args: self.epoch == n and in_fit(self.learn)
 def is_place(n): return lambda self, place, *args: place.epoch == n
 def is_file(nm, epoch): return lambda self, name, *args: (name, self.epoch) == (nm, epoch)
 

@@ -13,27 +13,22 @@ from PIL import Image
 
 from s9_fastai.cifar import CLASSES, load_cifar
 from s9_fastai.data import cifar_dls
-from s9_fastai.facts import MEAN, STD
 from s9_fastai.learner import get_recipe, s9_learner
 from s9_fastai.net import WEIGHTS, Net
 from s9_fastai.predict import main_predict
 
 root = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(root/'benchmarks'))
+from robustness import recognised
+
 lines = [json.loads(o) for o in (root/'benchmarks'/'results'/'robustness.jsonl').read_text(encoding='utf-8').splitlines()]
-
-
-@torch.inference_mode()
-def count(net, split):
-    "Images of `split` that `net` recognises, in float32"
-    mean, std = (torch.tensor(o).view(3, 1, 1) for o in (MEAN, STD))
-    xs, ys = torch.tensor(split.images).permute(0, 3, 1, 2).split(500), torch.tensor(split.labels).split(500)
-    return sum((net((x.float()/255 - mean)/std).argmax(1) == y).sum().item() for x, y in zip(xs, ys))
 
 
 @pytest.mark.skipif(not os.environ.get('S9_CIFAR10'), reason='S9_CIFAR10 does not name the full CIFAR-10')
 def test_the_exact_count_of_the_test_images():
     "The figure of the model card, counted anew"
-    assert count(Net.pretrained(), load_cifar(os.environ['S9_CIFAR10']).test) == lines[-1]['correct'] > 8543
+    test = load_cifar(os.environ['S9_CIFAR10']).test
+    assert recognised(Net.pretrained(), test.images, test.labels).sum() == lines[-1]['correct'] > 8543
 
 
 def test_the_card_is_what_the_results_say():

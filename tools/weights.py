@@ -9,12 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-root = Path(__file__).resolve().parent.parent
-data, results = root/'s9_fastai'/'data', root/'benchmarks'/'results'
-
 from s9_fastai.learner import Recipe
 from s9_fastai.net import Net
 from s9_fastai.state import load_weights, read_tensors, save_weights
+
+root = Path(__file__).resolve().parent.parent
+data, results = root/'s9_fastai'/'data', root/'benchmarks'/'results'
 
 
 def newest(script, what):
@@ -30,29 +30,20 @@ def take(name, seed):
     subprocess.run([sys.executable, root/'benchmarks'/'robustness.py'], check=True)
 
 
-def table(head, rows): return '\n'.join(['| ' + ' | '.join(head) + ' |', '|'+'---|'*len(head), *('| ' + ' | '.join(map(str, r)) + ' |' for r in rows)])
+def table(head, rows):
+    return '\n'.join('| ' + ' | '.join(map(str, r)) + ' |' for r in (head, ['---']*len(head), *rows))
 
 
-def card():
-    "The model card, as Markdown"
-    _, about = read_tensors(data/'net.safetensors')
-    acc, rob, plain = newest('accuracy', about['result']), newest('robustness', 'net.safetensors'), Recipe()
-    n, per_class = rob['n_test'], rob['n_test']//10
-    changed = ', '.join(f'{k} {v}' for k, v in acc['recipe'].items() if getattr(plain, k) != v)
-    classes = table(['class', 'recognised'], [(c, f'{k/per_class:.1%}') for c, k in rob['by_class'].items()])
-    harder = table(['corruption', 'strengths', *(f'severity {i}' for i in range(1, 6))],
-                   [(nm, ', '.join(map(str, rob['strengths'][nm])), *(f'{k/n:.1%}' for k in ks)) for nm, ks in rob['corruptions'].items()])
-    spread = f', standard deviation {acc["std"]:.2f}' if acc['std'] else ''
-    return f"""# Model card of `net.safetensors`
+TEXT = """# Model card of `net.safetensors`
 
-A `Net` of {sum(p.numel() for p in Net().parameters()):,} parameters, float32, for `Net.pretrained()`, `s9_learner(dls, pretrained=True)` and `s9_predict`.
+A `Net` of {parameters:,} parameters, float32, for `Net.pretrained()`, `s9_learner(dls, pretrained=True)` and `s9_predict`.
 
-**Accuracy: {rob['correct']} of the {n:,} test images of CIFAR-10 ({rob['correct']/n:.2%}), counted in float32.** The recipe reaches {acc['mean']:.2f}% (mean over seeds {', '.join(map(str, acc['seeds']))}; n = {acc['n']}{spread}; {acc['number_format']}).
-These are the weights of seed {about['seed']}, which was not chosen by its accuracy.
+**Accuracy: {correct} of the {n_test:,} test images of CIFAR-10 ({part:.2%}), counted in float32.** The recipe reaches {mean:.2f}% (mean over seeds {seeds}; n = {n}{spread}; {number_format}).
+These are the weights of seed {seed}, which was not chosen by its accuracy.
 
 - **Data.** The 50,000 training images of CIFAR-10 (Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009), all of them. Nothing else, no other network's weights. The recipe was chosen on 5,000 of them that were held out, but for its number of epochs: 10 fell short of 85.43% of the test images.
-- **Recipe.** {about['result']}: {acc['epochs']} epochs; where it differs from the experiment's recipe: {changed}. `{acc['command'].replace('--threads 1 ', '')}` trains it again.
-- **Hardware.** {acc['hardware']['cpu']}, {acc['hardware']['cores']} cores; torch {acc['versions']['torch']}, fastai {acc['versions']['fastai']}.
+- **Recipe.** {result}: {epochs} epochs; where it differs from the experiment's recipe: {changed}. `{command}` trains it again.
+- **Hardware.** {cpu}, {cores} cores; torch {torch}, fastai {fastai}.
 
 ## By class
 
@@ -74,11 +65,35 @@ Made on the fly by `benchmarks/robustness.py`, with the strengths of CIFAR-10-C 
 """
 
 
+def tables(rob):
+    "The two tables of the card, from a line of `robustness.py`"
+    n, per_class = rob['n_test'], rob['n_test']//len(rob['by_class'])
+    strengths = {nm: ', '.join(map(str, s)) for nm, s in rob['strengths'].items()}
+    return dict(
+        classes=table(['class', 'recognised'], [(c, f'{k/per_class:.1%}') for c, k in rob['by_class'].items()]),
+        harder=table(['corruption', 'strengths', *(f'severity {i}' for i in range(1, 6))],
+                     [(nm, strengths[nm], *(f'{k/n:.1%}' for k in ks)) for nm, ks in rob['corruptions'].items()]))
+
+
+def card():
+    "The model card, as Markdown"
+    _, about = read_tensors(data/'net.safetensors')
+    acc, rob = newest('accuracy', about['result']), newest('robustness', 'net.safetensors')
+    changed = ', '.join(f'{k} {v}' for k, v in acc['recipe'].items() if getattr(Recipe(), k) != v)
+    facts = {**acc, **acc['hardware'], **acc['versions'], **about, **tables(rob)}
+    return TEXT.format(**{
+        **facts, 'parameters': sum(p.numel() for p in Net().parameters()), 'correct': rob['correct'], 'changed': changed,
+        'n_test': rob['n_test'], 'part': rob['correct']/rob['n_test'], 'seeds': ', '.join(map(str, acc['seeds'])),
+        'spread': f', standard deviation {acc["std"]:.2f}' if acc['std'] else ''})
+
+
 def main():
     path = data/'model_card.md'
     if len(sys.argv) == 3: take(sys.argv[1], sys.argv[2])
     elif sys.argv[1:] not in (['--card'], ['--check']): sys.exit(__doc__)
-    if '--check' in sys.argv: sys.exit('the model card is stale: run python tools/weights.py --card' if path.read_text(encoding='utf-8') != card() else 0)
+    if '--check' in sys.argv:
+        stale = path.read_text(encoding='utf-8') != card()
+        sys.exit('the model card is stale: run python tools/weights.py --card' if stale else 0)
     path.write_text(card(), encoding='utf-8')
 
 
