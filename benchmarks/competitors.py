@@ -183,6 +183,13 @@ def make_ours(source, bs, workers, compute, augment):
     return partial(fit_once, s9_learner(our_dls(source, bs, workers, augment), recipe))
 
 
+def make_recipe(source, bs, workers, name):
+    "The Learner of this package with the recipe called `name`, as `s9_train` makes it"
+    recipe = get_recipe(name, bs=bs)
+    dls = cifar_dls(source.path, bs=bs, policy=recipe.policy, augment=recipe.augment, num_workers=workers)
+    return partial(fit_once, s9_learner(dls, recipe))
+
+
 def train_pytorch(model, opt, loader):
     "The training loop of a PyTorch tutorial: mean loss and accuracy"
     model.train()
@@ -268,8 +275,9 @@ def make_bare(source, bs, workers):
 OURS = {f'{augment}-{compute}': (f'{augment} path, {compute} compute',
                                  partial(make_ours, compute=compute, augment=augment), 0)
         for compute in ('fast', 'plain') for augment in ('batch', 'item')}
+RECIPE = {f'recipe-{nm}': (f'recipe {nm}', partial(make_recipe, name=nm), 0) for nm in ('logged', 'fast')}
 # name: title, how it is made, workers
 EPOCHS = {'fastai': ('fastai idiom, 1 process', make_fastai, 0),
           'fastai-2': ('fastai idiom, 2 workers', make_fastai, 2),
-          'pytorch-2': ('plain PyTorch, 2 workers', make_pytorch, 2), **OURS,
+          'pytorch-2': ('plain PyTorch, 2 workers', make_pytorch, 2), **OURS, **RECIPE,
           'bare': ('bare network, batch already there', make_bare, 0)}

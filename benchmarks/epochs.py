@@ -1,12 +1,14 @@
 "Seconds of one epoch on CIFAR-10 with the test at its end, and of its training part"
 from common import Contestant, data_options, get_source, interleave, lines_of, options, parse, save, show
 from competitors import EPOCHS
+from s9_fastai.learner import get_recipe
 
 
 def contestant(key, bs, source, threads):
     "The way of training called `key` as one who takes part"
     title, make, workers = EPOCHS[key]
-    settings = dict(contestant=key, bs=bs, workers=workers, policy='reference', images=source.n_train,
+    policy = get_recipe(key.removeprefix('recipe-')).policy if key.startswith('recipe-') else 'reference'
+    settings = dict(contestant=key, bs=bs, workers=workers, policy=policy, images=source.n_train,
                     test_images=source.n_test)
     return Contestant(title, make, dict(source=source, bs=bs, workers=workers), settings, threads)
 

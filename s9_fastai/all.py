@@ -11,6 +11,7 @@ from s9_fastai.fast import *
 from s9_fastai.schedule import *
 from s9_fastai.muon import *
 from s9_fastai.average import *
+from s9_fastai.distill import *
 from s9_fastai.record import *
 from s9_fastai.environment import *
 from s9_fastai.state import *

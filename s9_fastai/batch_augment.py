@@ -12,7 +12,7 @@ import cv2, numpy as np, torch
 from fastai.vision.core import TensorBBox, TensorImage, TensorImageBase, TensorPoint
 from fasttransform import Transform
 
-from .augment import SubpixelAffine, check_pipeline, item_seed
+from .augment import AlternatingFlip, SubpixelAffine, check_pipeline, item_seed
 from .batch_ops import (BatchAffine, BatchBrightnessContrast, BatchCrop, BatchDropout, BatchFlip, BatchNormalize,
                                  BatchPad)
 
@@ -46,10 +46,13 @@ def item_keys(
     idxs, # Indices of the images in their data set: a list or an integer array (B,)
     nths=0, # How often each image came before in this epoch: an integer, or B of them
 )->np.ndarray: # uint64 (B,)
-    "The random keys of images in one epoch: hashes of `seed`, `epoch`, and each one's `idxs` and `nths`"
-    a, b = divmod(item_seed(seed, epoch, -3), 2**64)  # -3: no image, and not one of the loader's own -1 and -2
+    """The random keys of images in one epoch: hashes of `seed`, `epoch`, and each one's `idxs` and `nths`, but for the
+    lowest bit, which alternates by epoch"""
+    a, b = divmod(item_seed(seed, epoch, -3), 2**64)  # -3: no image, and not one of the loader's own
     idxs, nths = (np.array(o, np.int64, ndmin=1).view(np.uint64) for o in (idxs, nths))
-    return mix64(mix64(idxs + np.uint64(a)) + mix64(nths ^ np.uint64(b)))
+    keys = mix64(mix64(idxs + np.uint64(a)) + mix64(nths ^ np.uint64(b)))
+    turns = mix64(idxs + np.uint64(item_seed(seed, 0, -5) >> 64)) + np.uint64(epoch) + nths
+    return keys & ~np.uint64(1) | turns & np.uint64(1)
 
 # %% ../nbs/02_batch_augment.ipynb #c6a6700a
 _remedy = "augment item by item instead, with AlbumentationsTransform (augment='item')"
@@ -120,6 +123,7 @@ _twins = dict(
     Affine=_affine, SubpixelAffine=_affine, ShiftScaleRotate=_affine, CoarseDropout=_dropout, CenterCrop=_crop,
     RandomCrop=_crop, PadIfNeeded=_pad, RandomBrightnessContrast=_brightness_contrast, Normalize=_normalize,
     HorizontalFlip=lambda t: BatchFlip('horizontal', p=t.p), VerticalFlip=lambda t: BatchFlip('vertical', p=t.p),
+    AlternatingFlip=lambda t: BatchFlip(alternates=True),
     ToTensorV2=lambda t: None)  # a batch is tensors already
 
 # %% ../nbs/02_batch_augment.ipynb #ab4d021f
@@ -134,7 +138,8 @@ def read_policy(
     ops, last = [], None  # `last`: what must end the policy
     for t in compose.transforms:
         nm = type(t).__name__
-        if nm not in _twins or not (type(t) is SubpixelAffine or type(t).__module__.startswith('albumentations.')):
+        own = type(t) in (AlternatingFlip, SubpixelAffine)
+        if nm not in _twins or not (own or type(t).__module__.startswith('albumentations.')):
             raise ValueError(f'{nm} of {type(t).__module__} has no twin for whole batches; these have: '
                              f'{", ".join(_twins)}. Or {_remedy}')
         if last and nm != 'ToTensorV2': raise ValueError(f'{nm} comes after {last}, which must end a policy: {_remedy}')
@@ -177,7 +182,8 @@ class BatchAugment(Transform):
         u, at, drawn = uniforms(keys, 1 + sum(1 + op.n for op in self.ops)), 1, []
         augmented = u[:, 0] < self.p
         for op in self.ops:
-            rows = np.flatnonzero(augmented & (u[:, at] < op.p))
+            hit = keys & np.uint64(1) == 1 if op.alternates else u[:, at] < op.p
+            rows = np.flatnonzero(augmented & hit)
             drawn.append(dict(rows=rows, **op.draw(u[rows, at+1:at+1+op.n], h, w)))
             at, (h, w) = at + 1 + op.n, op.size(h, w)
         return drawn

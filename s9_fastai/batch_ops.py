@@ -35,6 +35,7 @@ def _colour(fill, c):
 class BatchOp:
     "A transform of uint8 images (B, H, W, C): `draw` makes parameters of uniform numbers, `apply` changes the images"
     p, n = 1., 0  # how likely an image is hit; how many uniform numbers it draws from
+    alternates = False  # is an image hit in every other epoch, rather than by chance?
 
     def draw(self,
         u:np.ndarray, # float64 (B, `n`), uniform from 0 to below 1
@@ -68,6 +69,7 @@ class BatchFlip(BatchOp):
     "Mirrors images"
     axis:str='horizontal' # 'horizontal' (left becomes right) or 'vertical'
     p:float=0.5 # How likely an image is hit
+    alternates:bool=False # Is it hit in every other epoch, in place of `p`?
 
     def apply(self, x): return x.flip(2 if self.axis == 'horizontal' else 1)
 

@@ -106,7 +106,7 @@ def claim(self:Checkpoint):
             raise CannotGoOn(f'{self.run_dir}: another process is training there, or is a notebook in which a fit has '
                              'failed; end it, or name another folder') from e
         remove_leftovers(self.folder, '*.safetensors', 'data.json')
-        remove_leftovers(self.run_dir, 'recipe.json', 'weights.safetensors', '*.png')
+        remove_leftovers(self.run_dir, 'recipe.json', '*.safetensors', '*.png')
 
 # %% ../nbs/07_checkpoint.ipynb #c33570dc
 @patch

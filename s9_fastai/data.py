@@ -53,6 +53,12 @@ class KeyedDL(TfmdDL):
             batch = i//(self.bs or 1) - left_out
             if batch >= 0 and batch % self.num_workers == self.offs: yield s
 
+    def places(self,
+        batch:int, # Number of a batch in the epoch under way, from 0, those included that a run had before it goes on
+    )->list: # Places in the data set, as many as the batch has images
+        "Which images are in a batch"
+        return [*self._DataLoader__idxs[batch*self.bs:(batch + 1)*self.bs]]
+
     def shuffle_fn(self, idxs): return random.Random(item_seed(self.seed, self.epoch, -1)).sample(idxs, len(idxs))
 
     def do_item(self, s):

@@ -20,6 +20,7 @@ from fastai.callback import progress  # its import gives every Learner its bars
 from .average import WeightAverage
 from .checkpoint import Checkpoint, FiniteLoss
 from .data import augmentation, cifar_dls
+from .distill import Answers, Distill
 from .fast import FastSGD
 from .muon import FastMuon
 from .net import WEIGHTS, Net
@@ -32,8 +33,8 @@ def _default(f, name): return inspect.signature(f).parameters[name].default
 
 # the least and the most of each number; what is of type float stays below the most
 _ranges = dict(n_channels=(2, 1024), dropout=(0, 1), bs=(1, 2**20), held_out=(0, 25_000), epochs=(1, 99_999),
-               lr=(1e-12, 1000), mom=(0, 1), wd=(0, 1000), label_smoothing=(0, 1), average=(0, 0.5), rise=(0, 1),
-               step_size=(1, 1_000_000), gamma=(1e-12, 1000))
+               lr=(1e-12, 1000), mom=(0, 1), wd=(0, 1000), label_smoothing=(0, 1), distill=(0, 1),
+               average=(0, 0.5), rise=(0, 1), step_size=(1, 1_000_000), gamma=(1e-12, 1000))
 _names = dict(compute=('fast', 'plain'), opt=('sgd', 'nesterov', 'muon'), sched=('step', 'triangle', 'plateau', 'none'))
 
 def _span(f): # such as `0 to below 1`
@@ -46,7 +47,7 @@ class Recipe:
     n_channels:int = _default(Net, 'n_channels')  # Channels of the wide layers: an even number, 2 to 1024
     norm:str = _default(Net, 'norm')  # Normalisation: 'bn' (batch), 'gn' (group) or 'ln' (layer)
     dropout:float = _default(Net, 'dropout')  # Part of the values that dropout makes zero: 0 to below 1
-    policy:str = _default(cifar_dls, 'policy')  # 'reference', 'reference_mean', 'flip_crop' or 'none'
+    policy:str = _default(cifar_dls, 'policy')  # 'reference', 'reference_mean', 'flip_crop', 'alt_flip_crop' or 'none'
     augment:str = _default(cifar_dls, 'augment')  # 'item': image by image; 'batch': whole batches, which is faster
     compute:str = 'fast'  # 'fast': faster layers, bfloat16 where the hardware has it; 'plain': torch's, in float32
     bs:int = _default(cifar_dls, 'bs')  # Images a batch: 1 to 1048576
@@ -57,6 +58,7 @@ class Recipe:
     opt:str = 'sgd'  # 'sgd' with plain momentum, 'nesterov' with Nesterov's, or 'muon', which needs fewest epochs
     wd:float = 0.  # Weight decay, fastai's decoupled kind, not for norms and biases: 0 to below 1000
     label_smoothing:float = 0.  # Part of each label that all classes share, also in validation losses: 0 to below 1
+    distill:float = 0.  # Weight of a teacher's answers in the training loss, 0 for no teacher: 0 to below 1
     average:float = 0.  # Mean age of averaged weights, as a part of the training, 0 for none: 0 to below 0.5
     sched:str = _default(lr_scheduler, 'mode')  # Of lr: 'step' (of step_size), 'triangle', 'plateau' (of loss), 'none'
     rise:float = _default(lr_scheduler, 'rise')  # Part of the training in which a 'triangle' rises: 0 to below 1
@@ -93,6 +95,11 @@ class Recipe:
         return partial(FastSGD, mom=self.mom, nesterov=self.opt == 'nesterov')
     def loss_func(self): return CrossEntropyLossFlat(label_smoothing=self.label_smoothing)
     def average_cbs(self)->list: return [WeightAverage(self.average)] if self.average else []
+    def distill_cbs(self, answers:Answers|None)->list:
+        if bool(self.distill) != (answers is not None):
+            why = 'but there is no teacher' if self.distill else 'so a teacher would not be heard'
+            raise ValueError(f'distill is {self.distill}, {why}: give answers and a distill above 0, or neither')
+        return [Distill(answers, self.distill)] if self.distill else []
     def scheduler(self)->list:
         return lr_scheduler(self.sched, rise=self.rise, step_size=self.step_size, gamma=self.gamma)
 
@@ -139,6 +146,7 @@ def s9_learner(
     run_dir=None, # Folder for log, history and checkpoints of a new run or one to go on with; None: none are written
     save_every:int|None=None, # Save a checkpoint after so many batches too; None: after each epoch
     force:bool=False, # Go on although settings have changed since the run in `run_dir` stopped?
+    answers:Answers|None=None, # Of a teacher, see `ask`; a ValueError unless the recipe has use for them
     pretrained:bool=False, # Begin with the weights that come with the package? A ValueError if they do not fit
     **kwargs # For `Learner`, such as `cbs` or `path`, or `opt_func` in place of the recipe's
 )->Learner:
@@ -151,5 +159,6 @@ def s9_learner(
     if recipe.compute == 'fast': learn.to_fast()
     learn.recipe = recipe
     learn.remove_cb(learn.recorder)
-    kept = [] if run_dir is None else [RunLog(run_dir), Checkpoint(run_dir, save_every, force)]
-    return learn.add_cbs([EpochRecorder(), *recipe.scheduler(), *recipe.average_cbs(), FiniteLoss(), *kept])
+    more = [*recipe.scheduler(), *recipe.distill_cbs(answers), *recipe.average_cbs(), FiniteLoss()]
+    if run_dir is not None: more += [RunLog(run_dir), Checkpoint(run_dir, save_every, force)]
+    return learn.add_cbs([EpochRecorder(), *more])

@@ -62,7 +62,7 @@ def _make(path, own):
         else: return new
 
 # what a run leaves behind that is killed before its recipe.json is there
-_traces = re.compile(r'checkpoints(/lock)?|(\.\d+-)?\.writable|\.\d+-recipe\.json')
+_traces = re.compile(r'checkpoints(/lock)?|(\.\d+-)?(\.writable|teacher\.safetensors)|\.\d+-recipe\.json')
 
 def _is_unused(path): return all(_traces.fullmatch(p.relative_to(path).as_posix()) for p in path.rglob('*'))
 
@@ -93,12 +93,14 @@ def describe_run(
     dls, # From `cifar_dls`
     recipe:Recipe, # What the run does
     options:dict, # `name`, `seed`, `workers`, `device`, `save_every`
+    answers=None, # Of its teacher; None where there is none
 )->dict: # What JSON can say
     "The content of `recipe.json`"
     device = torch.device(options['device'])
     numbers = number_format(device) if recipe.compute == 'fast' else torch.float32
-    return {**options, **asdict(recipe), 'data': Path(dls.data_source).name, 'data_key': dls.data_key, **environment(),
-            'number_format': str(numbers)[6:]}
+    teacher = {'teacher': answers.key} if answers else {}
+    return {**options, **asdict(recipe), **teacher, 'data': Path(dls.data_source).name, 'data_key': dls.data_key,
+            **environment(), 'number_format': str(numbers)[6:]}
 
 # %% ../nbs/09_run.ipynb #e17a3903
 _spans = dict(seed=(0, 2**32 - 1), workers=(0, MAX_WORKERS), save_every=(1, 999_999))  # files count batches in 6 digits

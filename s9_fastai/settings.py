@@ -35,6 +35,7 @@ def describe_callback(
     kept = {k: vars(cb)[k] for k in inspect.signature(type(cb)).parameters if k in vars(cb)}
     kept = {k: v for k, v in kept.items() if isinstance(v, (bool, int, float, str))}
     kept.update({k: v for k, v in vars(cb).items() if isinstance(v, Distribution)})  # what `MixUp` makes of its alpha
+    kept.update({k: v.key for k, v in vars(cb).items() if isinstance(getattr(v, 'key', None), str)})  # a teacher
     if isinstance(cb, ParamScheduler) and not kept:  # a `StepLR` is told by its arguments
         kept.update({k: [f(pct/4) for pct in range(5)] for k, f in cb.scheds.items()})
     args = _plain(', '.join(f'{k}={v}' for k, v in kept.items()))

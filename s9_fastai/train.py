@@ -7,7 +7,7 @@ __all__ = ['settle', 'prepare', 'print_epoch', 'finish', 'saying_how_to_go_on', 
            'main_summary']
 
 # %% ../nbs/10_train.ipynb #9d5c10b5
-import json, shlex
+import json, os, shlex
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -17,11 +17,12 @@ import torch
 from fastai.callback.progress import ProgressCallback
 from fastai.torch_core import set_seed
 
-
 from .command import BadInput, RunFailed, plain_message, run_command
+from .cifar import load_cifar
 from .data import cifar_dls
+from .distill import Answers, ask
 from .environment import use_deterministic
-from .facts import show_bars, shown
+from .facts import is_there, show_bars, shown
 from .files import naming, write_json
 from .interpret import plot_curves, plot_misclassified
 from .learner import check_batches, get_recipe, s9_learner
@@ -29,7 +30,7 @@ from .run import (check_options, check_same_run, describe_run, get_device, keep_
                            read_run, run_path)
 from .saved import newest_checkpoint
 from .signals import Stopped
-from .state import save_weights
+from .state import load_weights, save_weights
 from .summary import summary
 
 # %% ../nbs/10_train.ipynb #b169ec1b
@@ -41,7 +42,7 @@ def settle(
 )->dict: # `name`, `seed`, `workers`, `device`, `save_every` and `deterministic`
     "The options of a run; ValueError for those that do not go together or are out of range"
     there = {k: v for k, v in given.items() if v is not None and v is not False}
-    for nm in ('out', 'recipe'):
+    for nm in ('out', 'recipe', 'teacher'):
         if told and nm in there: raise ValueError(f'--{nm} makes a new run, --resume goes on with one: leave one out')
     if 'force' in there and not told: raise ValueError('--force goes with --resume: a new run has nothing to force')
     name = there.get('recipe', 'sample' if str(given['data']) == 'sample' else 'stated')
@@ -69,6 +70,43 @@ def _loaders(data, recipe, options):
     check_batches(dls, recipe)
     return dls
 
+def _check_teacher(path, data_key, held_out, dls, recipe):
+    if data_key != dls.data_key:
+        raise ValueError(f'{shown(path)}: a teacher of other images than these: take one trained on the same data')
+    if recipe.held_out and held_out != recipe.held_out:
+        raise ValueError(f'{shown(path)}: this teacher was trained with held_out {held_out}, so it has seen images '
+                         f'that are held out now: train one with --held-out {recipe.held_out}')
+
+def _ask_run(path, dls, recipe):
+    "A function that asks the Net of the run in `path` about the training images"
+    own, told = read_run(path)
+    _check_teacher(path, told['data_key'], own.held_out, dls, recipe)
+    if not is_there(path/'weights.safetensors'):
+        raise ValueError(f'{shown(path)}: this teacher is not finished: s9_train --resume {shlex.quote(str(path))}')
+    net = load_weights(own.net(), path/'weights.safetensors').to(dls.device, memory_format=torch.channels_last)
+    images, about = load_cifar(dls.data_source).train.images, dict(data_key=dls.data_key, held_out=str(own.held_out))
+    return partial(ask, net, images, **about)
+
+def _teacher(given, run_dir, dls, recipe):
+    "A function that gives the answers of the run's teacher, None where it has none; a ValueError for a wrong one"
+    if run_dir: return partial(Answers.load, run_dir/'teacher.safetensors') if recipe.distill else None
+    if given['teacher'] is None and not recipe.distill: return None
+    if not recipe.distill: raise ValueError('--teacher goes with a weight for its answers: add --distill 0.9')
+    if given['teacher'] is None:
+        raise ValueError(f'distill is {recipe.distill}, but there is no teacher: --teacher names a finished run')
+    path = run_path(given['teacher'], 'teacher')
+    if not os.path.isfile(path): return _ask_run(path, dls, recipe)
+    answers = Answers.load(path)
+    _check_teacher(path, answers.about.get('data_key'), int(answers.about.get('held_out', 0)), dls, recipe)
+    return lambda: answers
+
+def _write_down(run_dir, now, answers, n_done):
+    "What the run is, and what its teacher says; recipe.json comes last, since without one a folder counts as unused"
+    if n_done == now['epochs']:
+        return print(f'{shown(run_dir)} has had its {n_done} epochs: nothing is left to train, but --epochs adds some')
+    if answers: answers.save(run_dir/'teacher.safetensors')
+    write_json(run_dir/'recipe.json', now)
+
 def prepare(
     given:dict, # Options of `s9_train` by name; None or False: not given
     overrides:dict, # Fields of the recipe, by name; None: not given
@@ -82,13 +120,14 @@ def prepare(
         n_done = _epochs_done(run_dir, recipe.epochs) if run_dir else 0
         source = kept_source(run_dir, told) if run_dir and given['data'] is None else given['data']
         dls = _loaders(source, recipe, options)
-        now = describe_run(dls, recipe, options)
-        if run_dir: check_same_run(run_dir, told, now, given['force'])
-        else: run_dir = new_run_dir(given['out'], options['name'])
-        learn = s9_learner(dls, recipe, run_dir, options['save_every'], given['force'])
+        teacher = _teacher(given, run_dir, dls, recipe)
+        if not run_dir: run_dir = new_run_dir(given['out'], options['name'])
+        answers = teacher and teacher()
+        now = describe_run(dls, recipe, options, answers)
+        if told: check_same_run(run_dir, told, now, given['force'])
+        learn = s9_learner(dls, recipe, run_dir, options['save_every'], given['force'], answers)
         with naming(run_dir): learn.checkpoint.claim()  # before the first file is written, and until the fit ends
-        if n_done < recipe.epochs: write_json(run_dir/'recipe.json', now)
-        else: print(f'{shown(run_dir)} has had its {n_done} epochs: nothing is left to train, but --epochs adds some')
+        _write_down(run_dir, now, answers, n_done)
         keep_source(run_dir, dls.data_source)
         return learn, run_dir
     except (ValueError, OSError) as e: raise BadInput(str(e)) from e
@@ -132,6 +171,7 @@ def saying_how_to_go_on(
 def s9_train(
     data:str=None, # CIFAR-10: a folder, an archive or 'sample', the embedded 2,500 images; searched for if not given
     recipe:str=None, # 'stated', 'logged', 'fast' or 'sample'; if not given: stated, or sample for the data of that name
+    teacher:str=None, # With --distill: folder of a finished run, whose Net teaches; or a run's teacher.safetensors
     seed:int=None, # Fixes weights, order, augmentation and dropout: 0 to 4294967295; 42 if not given
     workers:int=None, # Processes that prepare batches: 0 to 256; 0, also if not given: the training process does
     device:str=None, # cpu, cuda, cuda:1, mps, ...; if not given: the GPU if there is one, else cpu
@@ -143,9 +183,9 @@ def s9_train(
     **overrides # Fields of the recipe, such as `epochs=3`
 ): # The trained `Learner`
     "Train the Net on CIFAR-10 and leave a run folder: recipe, log, history, checkpoints, weights and figures"
-    learn, run_dir = prepare(dict(data=data, recipe=recipe, seed=seed, workers=workers, device=device, out=out,
-                                  resume=resume, force=force, save_every=save_every, deterministic=deterministic),
-                             overrides)
+    learn, run_dir = prepare(dict(data=data, recipe=recipe, teacher=teacher, seed=seed, workers=workers, device=device,
+                                  out=out, resume=resume, force=force, save_every=save_every,
+                                  deterministic=deterministic), overrides)
     if not show_bars(True):
         learn.remove_cb(ProgressCallback)
         learn.logger = partial(print_epoch, learn.recorder)

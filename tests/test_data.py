@@ -20,6 +20,7 @@ from fastai.torch_core import TensorCategory, TensorImage, set_seed
 from fasttransform import Transform
 from PIL import Image
 
+from s9_fastai.augment import AlternatingFlip
 from s9_fastai.cifar import CLASSES, MEAN, STD, Cifar10, Split, load_cifar
 from s9_fastai.data import CifarDL, KeyedDL, RowNormalize, cifar_block, cifar_dls
 from s9_fastai.learner import get_recipe, s9_learner
@@ -402,3 +403,15 @@ def test_the_plain_way_is_fastais_own_to_the_bit(mk):
         return learn.model.state_dict()
     a, b = weights(True), weights(False)
     assert all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+@pytest.mark.parametrize('augment', ['item', 'batch'])
+def test_alternating_flips_show_both_sides_in_two_epochs(mk, tiny, augment, num_workers):
+    dls = mk(A.Compose([AlternatingFlip()]), augment=augment, num_workers=num_workers)
+    place = {im.tobytes(): (i, mirrored) for i, o in enumerate(tiny.train.images) for mirrored, im in enumerate((o, o[:, ::-1]))}
+    turns = []
+    for _ in range(3):
+        x = grey(images(dls.train)).round().to(torch.uint8).permute(0, 2, 3, 1).numpy()
+        turns.append([mirrored for _, mirrored in sorted(place[np.ascontiguousarray(o).tobytes()] for o in x)])
+    assert len(turns[0]) == n_train and turns[0] == turns[2] and turns[1] == [1 - t for t in turns[0]] and 16 < sum(turns[0]) < 48

@@ -25,6 +25,7 @@ import s9_fastai.data
 from s9_fastai.cifar import load_cifar
 from s9_fastai.learner import RECIPES, Recipe, get_recipe
 from s9_fastai.run import read_run
+from s9_fastai.state import save_weights
 from s9_fastai.train import main_summary, main_train
 
 mains = {'s9_train': main_train, 's9_summary': main_summary}
@@ -113,10 +114,17 @@ def is_name(text):
 
 def base(command, flag):
     "What else must be given"
+    if flag == '--teacher': return ['--data', 'sample', '--distill', '0.9']
     return ['--data', 'sample'] if command == 's9_train' and flag not in ('--data', '--resume') else []
 
 
-elsewhere = {'--data': lambda o: o in ('sample', 'others'), '--resume': lambda o: False, '--out': is_name, '--device': lambda o: re.fullmatch(r'cpu(:\d+)?', o)}
+def is_zero(text):
+    try: return float(text) == 0
+    except ValueError: return False
+
+
+elsewhere = {'--teacher': lambda o: False, '--distill': is_zero,  # more than 0 only with a teacher
+             '--data': lambda o: o in ('sample', 'others'), '--resume': lambda o: False, '--out': is_name, '--device': lambda o: re.fullmatch(r'cpu(:\d+)?', o)}
 
 
 def documented(flag, action, text):
@@ -154,7 +162,8 @@ refused = {
     '--data': [*nothing, 'nowhere', '-1', '0', 'nan', '~nobody-of-this-name'], '--recipe': [*nothing, 'fastest', 'Stated', '0', '-1', 'nan'],
     '--seed': [*no_whole, '4294967296'], '--workers': [*no_whole, '257', '1000000'], '--save-every': [*no_whole, '0', '1000000'],
     '--device': [*nothing, 'abacus', 'meta', 'hpu', '0', '-1', 'cpu:-1', 'nan'], '--out': ['', 'a\0b', 'x'*5000, 'x/'*5000, '~nobody-of-this-name'],
-    '--resume': [*nothing, 'nowhere', '0', '-1', 'nan', '.', 'x/'*5000], '--n-channels': [*no_whole, '0', '1', '37', '1026', '2147483648'],
+    '--resume': [*nothing, 'nowhere', '0', '-1', 'nan', '.', 'x/'*5000], '--teacher': [*nothing, 'nowhere', '0', '-1', 'nan', '.', 'x/'*5000],
+    '--distill': [*no_number, '1', '0.5'], '--n-channels': [*no_whole, '0', '1', '37', '1026', '2147483648'],
     '--norm': [*nothing, 'xx', 'BN', '0'], '--dropout': [*no_number, '1', '1.5'], '--policy': [*nothing, 'xx', '0'], '--augment': [*nothing, 'items', '0'],
     '--compute': [*nothing, 'slow', '0'], '--bs': [*no_whole, '0', '1048577'], '--epochs': [*no_whole, '0', '100000'], '--lr': [*no_number, '0', '1e-13', '1000'],
     '--mom': [*no_number, '1'], '--wd': [*no_number, '1000'], '--sched': [*nothing, 'steps', '0'], '--step-size': [*no_whole, '0', '1000001'],
@@ -212,6 +221,9 @@ read = {  # fault: options, and what the message says
     'a folder in a folder in …, a thousand times': ('--out ' + 'a/'*1500, 'cannot be written'),
     'a file in the place of the folder': (f'--out {__file__}', 'which is a file: name a folder'),
     'another folder than a new one': (f'--out {Path(__file__).parent}', 'a folder that is not empty: name another one, or --resume the run in it'),
+    'a weight for a teacher, but no teacher': ('--distill 0.9', 'distill is 0.9, but there is no teacher: --teacher names a finished run'),
+    'a teacher that is nowhere': ('--distill 0.9 --teacher nowhere', 'nowhere: no recipe.json there; name the folder of a run of s9_train'),
+    'a teacher, but no weight for it': ('--teacher nowhere', '--teacher goes with a weight for its answers: add --distill 0.9'),
     'a new run, forced': ('--force', '--force goes with --resume: a new run has nothing to force'),
 }
 
@@ -225,12 +237,50 @@ def test_what_a_user_reads(what, fault):
     fault('command', what, message.replace(__file__, '…').replace(str(Path(__file__).parent), '…'))
 
 
-# A run to go on with
+# A run to go on with, or to learn from
 
 @pytest.fixture
 def copy(run, tmp_path):
     "A copy of the run, to do it harm"
     return Path(shutil.copytree(run, tmp_path/'run'))
+
+
+def taught(run, *args): return '--data', 'sample', '--distill', '0.9', '--teacher', str(run), *args
+
+
+def as_teacher(run):
+    save_weights(get_recipe('sample', n_channels=4).net(), run/'weights.safetensors')  # `finish` did not run
+    return run
+
+
+def test_a_teacher(copy):
+    got = typed('s9_train', *taught(as_teacher(copy)))
+    assert (got.code, got.out, got.err) == ('accepted', '', '') and {'recipe.json', 'teacher.safetensors'} <= {*got.left}
+
+
+def test_a_teacher_that_is_not_finished(copy, fault):
+    message = refusal('s9_train', *taught(copy))
+    assert 'this teacher is not finished: s9_train --resume' in message
+    fault('command', 'a teacher that is not finished', message)
+
+
+def test_a_teacher_of_other_images(copy, fault):
+    message = refusal('s9_train', *taught(as_teacher(copy), '--data', 'others'))
+    assert 'a teacher of other images than these: take one trained on the same data' in message
+    fault('command', 'a teacher of other images', message)
+
+
+def test_a_teacher_that_has_seen_what_is_held_out(copy, fault):
+    message = refusal('s9_train', *taught(as_teacher(copy), '--held-out', '500'))
+    assert 'trained with held_out 0, so it has seen images that are held out now: train one with --held-out 500' in message
+    fault('command', 'a teacher that has seen the images that are held out', message)
+
+
+def test_a_teacher_whose_weights_are_damaged(copy, fault):
+    (as_teacher(copy)/'weights.safetensors').write_bytes(b'0'*99)
+    message = refusal('s9_train', *taught(copy))
+    assert 'not a safetensors file, or a damaged one' in message
+    fault('command', 'a teacher whose weights are damaged', message)
 
 
 def content(folder): return {p: p.read_bytes() for p in Path(folder).rglob('*') if p.is_file()}
@@ -246,6 +296,7 @@ changed = {  # fault: options, and what the message says
     'fewer epochs, forced, with data': ('--epochs 1 --force --data sample', 'has had 2: give as many or more, or start a new run'),
     'a run to go on with, and a folder for a new one': ('--out new', '--out makes a new run, --resume goes on with one: leave one out'),
     'a run to go on with, and another recipe': ('--recipe logged', '--recipe makes a new run, --resume goes on with one: leave one out'),
+    'a run to go on with, and a teacher': ('--teacher elsewhere', '--teacher makes a new run, --resume goes on with one: leave one out'),
     'a run to go on with, and no name for the recipe': ('--recipe=', '--recipe makes a new run'),
     'a bad option for a run to go on with': ('--epochs 3 --workers 257', 'workers is 257, but must be'),
 }

@@ -1,0 +1,67 @@
+"A run that learns from another one: what it leaves, and that it goes on to the bit without its teacher"
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from time import sleep
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from s9_fastai.distill import Answers
+from s9_fastai.train import BadInput, s9_train
+
+options = dict(data='sample', distill=0.5, bs=250, policy='flip_crop', augment='batch', epochs=3, seed=3)
+
+
+@pytest.fixture(scope='module')
+def pupil(tmp_path_factory):
+    "A run of three epochs that had a teacher"
+    tmp = tmp_path_factory.mktemp('runs')
+    s9_train('sample', n_channels=8, bs=250, epochs=1, out=tmp/'teacher')
+    s9_train(**options, teacher=tmp/'teacher', out=tmp/'pupil')
+    return tmp/'pupil'
+
+
+def same_weights(a, b):
+    a, b = (load_file(o/'weights.safetensors') for o in (a, b))
+    return all((a[k] == b[k]).all() for k in a)
+
+
+def test_it_says_who_taught(pupil):
+    answers = Answers.load(pupil/'teacher.safetensors')
+    assert json.loads((pupil/'recipe.json').read_text())['teacher'] == answers.key and answers.logits.shape == (2000, 10)
+
+
+def test_the_teacher_matters(pupil, tmp_path):
+    s9_train(**{**options, 'distill': 0.}, out=tmp_path/'alone')
+    assert not same_weights(pupil, tmp_path/'alone')
+
+
+@pytest.mark.skipif(sys.platform == 'win32', reason='Windows has no SIGTERM')
+def test_stopped_in_an_epoch_it_goes_on_to_the_bit(pupil, tmp_path):
+    names = ('data', 'bs', 'policy', 'augment', 'epochs', 'seed')
+    args = [o for k in names for o in (f'--{k}', str(options[k]))]
+    command = [Path(sys.executable).parent/'s9_train', *args, '--distill', '0.5', '--teacher', pupil.parent/'teacher', '--save-every', '1', '--out', tmp_path/'run']
+    p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not [*(tmp_path/'run'/'checkpoints').glob('00-00001-train-00000[2-7].safetensors')]:
+        assert p.poll() is None
+        sleep(0.02)
+    os.kill(p.pid, signal.SIGTERM)
+    assert p.wait() == 128 + signal.SIGTERM and not (tmp_path/'run'/'weights.safetensors').exists()
+    s9_train(resume=tmp_path/'run')
+    assert same_weights(pupil, tmp_path/'run')
+
+
+def test_no_other_answers_are_taken(pupil, tmp_path):
+    run = Path(shutil.copytree(pupil, tmp_path/'run'))
+    Answers(torch.zeros(2000, 10)).save(run/'teacher.safetensors')
+    with pytest.raises(BadInput, match='settings have changed since the run stopped: teacher was'): s9_train(resume=run, epochs=4)
+    (run/'teacher.safetensors').write_bytes(b'PK')
+    with pytest.raises(BadInput, match='teacher.safetensors: a pickle, which could run code, is refused'): s9_train(resume=run, epochs=4)
+    (run/'teacher.safetensors').unlink()
+    with pytest.raises(BadInput, match='teacher.safetensors'): s9_train(resume=run, epochs=4)
