@@ -15,7 +15,6 @@ from fastprogress.fastprogress import progress_bar
 
 from .data import KeyedDL
 from .facts import MEAN, STD, show_bars
-from .fits import in_fit
 from .state import checksum, read_tensors, write_tensors
 
 # %% ../nbs/06_distill.ipynb #4b664395
