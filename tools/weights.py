@@ -17,10 +17,10 @@ root = Path(__file__).resolve().parent.parent
 data, results = root/'s9_fastai'/'data', root/'benchmarks'/'results'
 
 
-def newest(script, what):
-    "The last line of `script` that is called `what`"
+def newest(script, what, **fields):
+    "The last line of `script` that is called `what` and has `fields`"
     found = [json.loads(o) for o in (results/f'{script}.jsonl').read_text(encoding='utf-8').splitlines()]
-    return [o for o in found if o['what'] == what][-1]
+    return [o for o in found if o['what'] == what and all(o[k] == v for k, v in fields.items())][-1]
 
 
 def take(name, seed):
@@ -42,7 +42,7 @@ A `Net` of {parameters:,} parameters, float32, for `Net.pretrained()`, `s9_learn
 These are the weights of seed {seed}, which was not chosen by its accuracy.
 
 - **Data.** The 50,000 training images of CIFAR-10 (Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009), all of them. Nothing else, no other network's weights. The recipe was chosen on 5,000 of them that were held out, but for its number of epochs: 10 fell short of 85.43% of the test images.
-- **Recipe.** {result}: {epochs} epochs; where it differs from the experiment's recipe: {changed}. `{command}` trains it again.
+- **Recipe.** {result}: {epochs} epochs; where it differs from the experiment's recipe: {changed}. `{command}` at commit `{commit:.10}` trains it again.
 - **Hardware.** {cpu}, {cores} cores; torch {torch}, fastai {fastai}.
 
 ## By class
@@ -78,7 +78,8 @@ def tables(rob):
 def card():
     "The model card, as Markdown"
     _, about = read_tensors(data/'net.safetensors')
-    acc, rob = newest('accuracy', about['result']), newest('robustness', 'net.safetensors')
+    acc = newest('accuracy', about['result'], recipe=json.loads(about['recipe']))  # a recipe may change and keep its name
+    rob = newest('robustness', 'net.safetensors')
     changed = ', '.join(f'{k} {v}' for k, v in acc['recipe'].items() if getattr(Recipe(), k) != v)
     facts = {**acc, **acc['hardware'], **acc['versions'], **about, **tables(rob)}
     return TEXT.format(**{
