@@ -81,7 +81,7 @@ def main():
     p.add_argument('--out', type=Path, help='PNG file; not given: speed.png in the folder of the results')
     args = p.parse_args()
     loading = read_lines(args.results/'loaders.jsonl', 'loading')
-    epochs = read_lines(args.results/'epochs.jsonl', 'epoch')
+    epochs = [o for o in read_lines(args.results/'epochs.jsonl', 'epoch') if not o['what'].startswith('recipe')]
     fig = Picture(figsize=(10, 4), dpi=100, layout='constrained')
     for ax, (lines, title, x, label, cost) in zip(fig.subplots(1, 3), panels(loading, epochs)):
         draw(ax, lines, x, cost)
