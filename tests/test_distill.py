@@ -15,12 +15,12 @@ from safetensors.torch import load_file
 from s9_fastai.distill import Answers
 from s9_fastai.train import BadInput, s9_train
 
-options = dict(data='sample', distill=0.5, bs=250, policy='flip_crop', augment='batch', epochs=3, seed=3)
+options = dict(data='sample', distill=0.5, bs=250, policy='flip_crop', augment='batch', epochs=2, seed=3)
 
 
 @pytest.fixture(scope='module')
 def pupil(tmp_path_factory):
-    "A run of three epochs that had a teacher"
+    "A run of two epochs that had a teacher"
     tmp = tmp_path_factory.mktemp('runs')
     s9_train('sample', n_channels=8, bs=250, epochs=1, out=tmp/'teacher')
     s9_train(**options, teacher=tmp/'teacher', out=tmp/'pupil')
@@ -60,8 +60,8 @@ def test_stopped_in_an_epoch_it_goes_on_to_the_bit(pupil, tmp_path):
 def test_no_other_answers_are_taken(pupil, tmp_path):
     run = Path(shutil.copytree(pupil, tmp_path/'run'))
     Answers(torch.zeros(2000, 10)).save(run/'teacher.safetensors')
-    with pytest.raises(BadInput, match='settings have changed since the run stopped: teacher was'): s9_train(resume=run, epochs=4)
+    with pytest.raises(BadInput, match='settings have changed since the run stopped: teacher was'): s9_train(resume=run, epochs=3)
     (run/'teacher.safetensors').write_bytes(b'PK')
-    with pytest.raises(BadInput, match='teacher.safetensors: a pickle, which could run code, is refused'): s9_train(resume=run, epochs=4)
+    with pytest.raises(BadInput, match='teacher.safetensors: a pickle, which could run code, is refused'): s9_train(resume=run, epochs=3)
     (run/'teacher.safetensors').unlink()
-    with pytest.raises(BadInput, match='teacher.safetensors'): s9_train(resume=run, epochs=4)
+    with pytest.raises(BadInput, match='teacher.safetensors'): s9_train(resume=run, epochs=3)
