@@ -70,22 +70,23 @@ def _loaders(data, recipe, options):
     check_batches(dls, recipe)
     return dls
 
-def _check_teacher(path, data_key, held_out, dls, recipe):
+def _check_teacher(path, dls, recipe, data_key=None, held_out=None):
+    "A ValueError unless a teacher of the images `data_key`, which held out `held_out` of them, may teach this run"
     if data_key != dls.data_key:
         raise ValueError(f'{shown(path)}: a teacher of other images than these: take one trained on the same data')
-    if recipe.held_out and held_out != recipe.held_out:
+    if recipe.held_out and held_out != str(recipe.held_out):
         raise ValueError(f'{shown(path)}: this teacher was trained with held_out {held_out}, so it has seen images '
                          f'that are held out now: train one with --held-out {recipe.held_out}')
 
 def _ask_run(path, dls, recipe):
     "A function that asks the Net of the run in `path` about the training images"
     own, told = read_run(path)
-    _check_teacher(path, told['data_key'], own.held_out, dls, recipe)
+    about = dict(data_key=told['data_key'], held_out=str(own.held_out))
+    _check_teacher(path, dls, recipe, **about)
     if not is_there(path/'weights.safetensors'):
         raise ValueError(f'{shown(path)}: this teacher is not finished: s9_train --resume {shlex.quote(str(path))}')
     net = load_weights(own.net(), path/'weights.safetensors').to(dls.device, memory_format=torch.channels_last)
-    images, about = load_cifar(dls.data_source).train.images, dict(data_key=dls.data_key, held_out=str(own.held_out))
-    return partial(ask, net, images, **about)
+    return partial(ask, net, load_cifar(dls.data_source).train.images, **about)
 
 def _teacher(given, run_dir, dls, recipe):
     "A function that gives the answers of the run's teacher, None where it has none; a ValueError for a wrong one"
@@ -97,7 +98,7 @@ def _teacher(given, run_dir, dls, recipe):
     path = run_path(given['teacher'], 'teacher')
     if not os.path.isfile(path): return _ask_run(path, dls, recipe)
     answers = Answers.load(path)
-    _check_teacher(path, answers.about.get('data_key'), int(answers.about.get('held_out', 0)), dls, recipe)
+    _check_teacher(path, dls, recipe, **answers.about)
     return lambda: answers
 
 def _write_down(run_dir, now, answers, n_done):
