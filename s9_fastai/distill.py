@@ -40,7 +40,7 @@ class Answers:
     ):
         "The answers in the file `path`; a ValueError too for a file of something else"
         tensors, about = read_tensors(path)
-        about = {k: v for k, v in about.items() if k in ('data_key', 'held_out')}  # a stranger's header may have any name
+        about = {k: v for k, v in about.items() if k in ('data_key', 'held_out')}  # a stranger's may have any
         try: return cls(tensors['logits'], **about)
         except (KeyError, ValueError) as e:
             raise ValueError(f"{path}: no teacher's answers in it ({e}); use another copy") from e
