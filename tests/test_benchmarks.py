@@ -54,3 +54,15 @@ def test_a_run_that_fails_is_told(tmp_path):
     args = ['accuracy.py', 'bad', '--seeds', 0, '--folder', tmp_path/'runs', '--out', tmp_path/'results', '--data', 'sample', '--bs', 'x']
     done = run(*args)
     assert done.returncode == 1 and "'x' is not a whole number" in done.stderr and not (tmp_path/'results').exists()
+
+
+def test_a_teacher_is_trained_and_ablations_use_it(tmp_path):
+    common = ['--data', 'sample', '--epochs', 1, '--held-out', 500, '--threads', 1, '--out', tmp_path]
+    done = run('teacher.py', *common, '--width', 4, '--keep', tmp_path/'t.safetensors')
+    assert done.returncode == 0 and '% of the held-out images' in done.stdout, done.stderr
+    for _ in range(2):  # the second time nothing is left to do
+        done = run('ablate.py', 'as it is', 'mixup 0.2', 'a teacher, weight 0.9', *common, '--teacher', tmp_path/'t.safetensors')
+        assert done.returncode == 0, done.stderr
+    lines = [json.loads(o) for o in (tmp_path/'ablate.jsonl').read_text().splitlines()]
+    assert [o['what'] for o in lines] == ['as it is', 'mixup 0.2', 'a teacher, weight 0.9'] and done.stdout == ''
+    assert [o['recipe']['distill'] for o in lines] == [0, 0, 0.9] and len({o['history']['train_loss'][0] for o in lines}) == 3

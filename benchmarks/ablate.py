@@ -1,0 +1,86 @@
+"""Trains `fast` for a few epochs with one thing changed at a time: what each brings, on images held out of training.
+
+One run for each variant, all from the same seed, so half a point is noise. The test images are not read.
+"""
+import json
+import multiprocessing
+import os
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from time import perf_counter
+
+import pandas as pd
+import torch
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.torch_core import set_seed
+
+from accuracy import curves
+from common import facts, here, save
+from s9_fastai.data import cifar_dls
+from s9_fastai.distill import Answers
+from s9_fastai.learner import get_recipe, s9_learner
+
+fields = {  # of the recipe, by what is said of a variant
+    'as it is': {}, '16 epochs': dict(epochs=16),
+    'without averages': dict(average=0.), 'averages three times as old': dict(average=0.09),
+    "Nesterov's momentum": dict(opt='nesterov', lr=0.15, wd=3e-4), 'momentum 0.95': dict(mom=0.95),
+    'steps in place of the triangle': dict(sched='step', step_size=2), 'rise in a tenth': dict(rise=0.1),
+    'rate 0.2': dict(lr=0.2), 'rate 0.45': dict(lr=0.45), 'batches of 64': dict(bs=64),
+    'no weight decay': dict(wd=0.), 'three times the weight decay': dict(wd=3e-3),
+    'label smoothing 0.1': dict(label_smoothing=0.1), 'dropout 0.05': dict(dropout=0.05),
+    "the experiment's augmentation": dict(policy='reference'), 'no augmentation': dict(policy='none'),
+    'flips by turns': dict(policy='alt_flip_crop')}
+callbacks = {'mixup 0.2': partial(MixUp, 0.2), 'cutmix': CutMix}
+taught = {'a teacher, weight 0.5': 0.5, 'a teacher, weight 0.9': 0.9}
+
+
+def train(what, args):
+    "The result of one variant, as a line"
+    torch.set_num_threads(args.threads)
+    facts()  # before the training: how busy the machine is
+    more = {'distill': taught.get(what, 0.), **fields.get(what, {})}
+    recipe = get_recipe('fast', **{'epochs': args.epochs, 'held_out': args.held_out, **more})
+    set_seed(0)
+    dls = cifar_dls(args.data, recipe.bs, seed=0, policy=recipe.policy, augment=recipe.augment,
+                    held_out=recipe.held_out, device=torch.device('cpu'))
+    cbs = [callbacks[what]()] if what in callbacks else []
+    learn = s9_learner(dls, recipe, answers=Answers.load(args.teacher) if recipe.distill else None, cbs=cbs)
+    start = perf_counter()
+    with learn.no_bar(), learn.no_logging(): learn.fit(recipe.epochs)
+    df = pd.DataFrame(learn.recorder.values, columns=learn.recorder.metric_names[1:-1])
+    return dict(what=what, measure='accuracy on the held-out images after the last epoch', unit='%', n=1,
+                values=[100*df.valid_accuracy.iloc[-1]], seed=0, recipe=vars(recipe), runs_at_once=args.jobs,
+                seconds=round(perf_counter() - start), history=curves(df), **facts())
+
+
+def done(args):
+    "The variants that are in the results already, with as many epochs"
+    path = args.out/'ablate.jsonl'
+    lines = map(json.loads, path.read_text(encoding='utf-8').splitlines()) if path.is_file() else ()
+    return [o['what'] for o in lines if o['recipe']['epochs'] == fields.get(o['what'], {}).get('epochs', args.epochs)]
+
+
+def main():
+    names = [*fields, *callbacks, *taught]
+    p = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
+    p.add_argument('variants', nargs='*', metavar='VARIANT', help=f'one of: {", ".join(names)}; none: all')
+    p.add_argument('--data', default=os.environ.get('S9_CIFAR10'), help="the full CIFAR-10, or 'sample' to try out")
+    p.add_argument('--epochs', type=int, default=8, help='passes over the training images')
+    p.add_argument('--held-out', type=int, default=5000, help='training images that validate')
+    p.add_argument('--teacher', type=Path, default=here.parent/'runs'/'teacher.safetensors', help='from teacher.py')
+    p.add_argument('--jobs', type=int, default=1, help='runs at once')
+    p.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads of torch in each run')
+    p.add_argument('--out', type=Path, default=here/'results', help='folder of the JSON lines')
+    args = p.parse_args()
+    if wrong := [o for o in args.variants if o not in names]: p.error(f'no variant {wrong[0]!r}: {", ".join(names)}')
+    there = done(args)
+    todo = [o for o in args.variants or names if o not in there]
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context('spawn')) as pool:
+        for o in pool.map(partial(train, args=args), todo):
+            save([o], args.out)
+            print(f'{o["what"]}: {o["values"][0]:.2f}%', flush=True)
+
+
+if __name__ == '__main__': main()
