@@ -20,6 +20,8 @@ from fastcore.basics import patch
 from torch import nn
 from torch.autograd.function import once_differentiable
 
+from .environment import cpu_name
+
 # %% ../nbs/05_fast.ipynb #2b212d91
 def fold_rows(
     x:torch.Tensor, # (B, C, H, W), stored as channels_last
@@ -122,11 +124,13 @@ def fast_layers(
 def number_format(
     device:torch.device, # Where the model is
 )->torch.dtype: # torch.bfloat16 or torch.float32
-    "The format that convolutions run fastest in on `device`: bfloat16 where the hardware has it"
+    "The format that convolutions run fastest in on `device`: bfloat16 where the hardware has fast products of it"
     if device.type == 'cuda': fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type != 'cpu': fast = False
     elif platform.machine() in ('x86_64', 'AMD64'):
-        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+        # Intel's AVX-512 multiplies bfloat16 no faster than float32, and the conversions cost
+        is_intel = 'intel' in cpu_name().lower()
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() and not is_intel
     else: fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 

@@ -20,7 +20,7 @@ from fastai.callback import progress  # its import gives every Learner its bars
 from .average import WeightAverage
 from .checkpoint import Checkpoint, FiniteLoss
 from .data import augmentation, cifar_dls
-from .distill import Answers, Distill
+from .distill import Answers, Distill, packaged_answers
 from .fast import FastSGD
 from .muon import FastMuon
 from .net import WEIGHTS, Net
@@ -95,11 +95,11 @@ class Recipe:
         return partial(FastSGD, mom=self.mom, nesterov=self.opt == 'nesterov')
     def loss_func(self): return CrossEntropyLossFlat(label_smoothing=self.label_smoothing)
     def average_cbs(self)->list: return [WeightAverage(self.average)] if self.average else []
-    def distill_cbs(self, answers:Answers|None)->list:
-        if bool(self.distill) != (answers is not None):
-            why = 'but there is no teacher' if self.distill else 'so a teacher would not be heard'
-            raise ValueError(f'distill is {self.distill}, {why}: give answers and a distill above 0, or neither')
-        return [Distill(answers, self.distill)] if self.distill else []
+    def distill_cbs(self, dls:DataLoaders, answers:Answers|None)->list:
+        if self.distill: return [Distill(answers or packaged_answers(dls, self.held_out), self.distill)]
+        if answers is None: return []
+        raise ValueError(f'distill is {self.distill}, so a teacher would not be heard: give a distill above 0, or leave '
+                         'the answers out')
     def scheduler(self)->list:
         return lr_scheduler(self.sched, rise=self.rise, step_size=self.step_size, gamma=self.gamma)
 
@@ -146,7 +146,7 @@ def s9_learner(
     run_dir=None, # Folder for log, history and checkpoints of a new run or one to go on with; None: none are written
     save_every:int|None=None, # Save a checkpoint after so many batches too; None: after each epoch
     force:bool=False, # Go on although settings have changed since the run in `run_dir` stopped?
-    answers:Answers|None=None, # Of a teacher, see `ask`; a ValueError unless the recipe has use for them
+    answers:Answers|None=None, # Of a teacher, see `ask`, for a recipe with `distill`; None: of the one in the package
     pretrained:bool=False, # Begin with the weights that come with the package? A ValueError if they do not fit
     **kwargs # For `Learner`, such as `cbs` or `path`, or `opt_func` in place of the recipe's
 )->Learner:
@@ -159,6 +159,6 @@ def s9_learner(
     if recipe.compute == 'fast': learn.to_fast()
     learn.recipe = recipe
     learn.remove_cb(learn.recorder)
-    more = [*recipe.scheduler(), *recipe.distill_cbs(answers), *recipe.average_cbs(), FiniteLoss()]
+    more = [*recipe.scheduler(), *recipe.distill_cbs(dls, answers), *recipe.average_cbs(), FiniteLoss()]
     if run_dir is not None: more += [RunLog(run_dir), Checkpoint(run_dir, save_every, force)]
     return learn.add_cbs([EpochRecorder(), *more])

@@ -20,7 +20,7 @@ from fastai.torch_core import set_seed
 from .command import BadInput, RunFailed, plain_message, run_command
 from .cifar import load_cifar
 from .data import cifar_dls
-from .distill import Answers, ask
+from .distill import Answers, ask, check_teacher, packaged_answers
 from .environment import use_deterministic
 from .facts import is_there, show_bars, shown
 from .files import naming, write_json
@@ -70,19 +70,11 @@ def _loaders(data, recipe, options):
     check_batches(dls, recipe)
     return dls
 
-def _check_teacher(path, dls, recipe, data_key=None, held_out=None):
-    "A ValueError unless a teacher of the images `data_key`, which held out `held_out` of them, may teach this run"
-    if data_key != dls.data_key:
-        raise ValueError(f'{shown(path)}: a teacher of other images than these: take one trained on the same data')
-    if recipe.held_out and held_out != str(recipe.held_out):
-        raise ValueError(f'{shown(path)}: this teacher was trained with held_out {held_out}, so it has seen images '
-                         f'that are held out now: train one with --held-out {recipe.held_out}')
-
 def _ask_run(path, dls, recipe):
     "A function that asks the Net of the run in `path` about the training images"
     own, told = read_run(path)
     about = dict(data_key=told['data_key'], held_out=str(own.held_out))
-    _check_teacher(path, dls, recipe, **about)
+    check_teacher(about, dls, recipe.held_out, path)
     if not is_there(path/'weights.safetensors'):
         raise ValueError(f'{shown(path)}: this teacher is not finished: s9_train --resume {shlex.quote(str(path))}')
     net = load_weights(own.net(), path/'weights.safetensors').to(dls.device, memory_format=torch.channels_last)
@@ -93,12 +85,12 @@ def _teacher(given, run_dir, dls, recipe):
     if run_dir: return partial(Answers.load, run_dir/'teacher.safetensors') if recipe.distill else None
     if given['teacher'] is None and not recipe.distill: return None
     if not recipe.distill: raise ValueError('--teacher goes with a weight for its answers: add --distill 0.9')
-    if given['teacher'] is None:
-        raise ValueError(f'distill is {recipe.distill}, but there is no teacher: --teacher names a finished run')
-    path = run_path(given['teacher'], 'teacher')
-    if not os.path.isfile(path): return _ask_run(path, dls, recipe)
-    answers = Answers.load(path)
-    _check_teacher(path, dls, recipe, **answers.about)
+    if given['teacher'] is None: answers = packaged_answers(dls, recipe.held_out)
+    else:
+        path = run_path(given['teacher'], 'teacher')
+        if not os.path.isfile(path): return _ask_run(path, dls, recipe)
+        answers = Answers.load(path)
+        check_teacher(answers.about, dls, recipe.held_out, path)
     return lambda: answers
 
 def _write_down(run_dir, now, answers, n_done):
@@ -172,7 +164,7 @@ def saying_how_to_go_on(
 def s9_train(
     data:str=None, # CIFAR-10: a folder, an archive or 'sample', the embedded 2,500 images; searched for if not given
     recipe:str=None, # 'stated', 'logged', 'fast' or 'sample'; if not given: stated, or sample for the data of that name
-    teacher:str=None, # With --distill: folder of a finished run, whose Net teaches; or a run's teacher.safetensors
+    teacher:str=None, # For --distill: a finished run's folder or a teacher.safetensors; if not given: the package's own
     seed:int=None, # Fixes weights, order, augmentation and dropout: 0 to 4294967295; 42 if not given
     workers:int=None, # Processes that prepare batches: 0 to 256; 0, also if not given: the training process does
     device:str=None, # cpu, cuda, cuda:1, mps, ...; if not given: the GPU if there is one, else cpu

@@ -214,10 +214,12 @@ def test_the_processor_is_asked(monkeypatch):
     monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: False)  # as in builds for macOS
     assert number_format(torch.device('cpu')) == torch.float32
     monkeypatch.setattr('platform.machine', lambda: 'x86_64')
-    for yes in (True, False):
-        monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: yes)
-        monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: False)
-        assert number_format(torch.device('cpu')) == (torch.bfloat16 if yes else torch.float32)
+    for cpu, avx512, amx, fast in (('AMD EPYC', True, False, True), ('AMD EPYC', False, False, False), ('Intel(R) Xeon(R) Processor', True, False, False),
+                                   ('Intel(R) Xeon(R) Processor', True, True, True), ('Intel64 Family 6, GenuineIntel', True, False, False)):
+        monkeypatch.setattr('s9_fastai.fast.cpu_name', lambda: cpu)
+        monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: avx512)
+        monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
+        assert number_format(torch.device('cpu')) == (torch.bfloat16 if fast else torch.float32)
     assert number_format(torch.device('meta')) == torch.float32
 
 
