@@ -221,7 +221,7 @@ read = {  # fault: options, and what the message says
     'a folder in a folder in …, a thousand times': ('--out ' + 'a/'*1500, 'cannot be written'),
     'a file in the place of the folder': (f'--out {__file__}', 'which is a file: name a folder'),
     'another folder than a new one': (f'--out {Path(__file__).parent}', 'a folder that is not empty: name another one, or --resume the run in it'),
-    'a weight for a teacher, but no teacher': ('--distill 0.9', 'distill is 0.9, but there is no teacher: --teacher names a finished run'),
+    'a weight for a teacher, but none for these images': ('--distill 0.9', 'the teacher in the package: a teacher of other images than these: take one trained on the same data'),
     'a teacher that is nowhere': ('--distill 0.9 --teacher nowhere', 'nowhere: no recipe.json there; name the folder of a run of s9_train'),
     'a teacher, but no weight for it': ('--teacher nowhere', '--teacher goes with a weight for its answers: add --distill 0.9'),
     'a new run, forced': ('--force', '--force goes with --resume: a new run has nothing to force'),
