@@ -21,7 +21,7 @@ from torch import nn
 from accuracy import curves
 from common import facts, here, save
 from s9_fastai.cifar import load_cifar
-from s9_fastai.data import cifar_dls
+from s9_fastai.data import cifar_dls, hold_out
 from s9_fastai.distill import ask
 from s9_fastai.fast import fast_layers, keep_freed_memory
 from s9_fastai.learner import get_recipe
@@ -56,13 +56,19 @@ def make_learner(args):
     return learn.add_cbs([EpochRecorder(), *cbs])
 
 
-def line(learn, args, seconds):
+def right(answers, labels, held_out):
+    "How many of the held-out images the answers are right about"
+    at = hold_out(labels, held_out)
+    return int((answers.logits[at].argmax(1).numpy() == labels[at]).sum())
+
+
+def line(learn, args, seconds, n_right):
     "The result, with every epoch"
     df = pd.DataFrame(learn.recorder.values, columns=learn.recorder.metric_names[1:-1])
     n_params = sum(p.numel() for p in learn.model.parameters())
     recipe = {k: v for k, v in vars(learn.recipe).items() if k not in ('n_channels', 'norm', 'dropout', 'compute')}
     return dict(what='teacher', measure='accuracy on the held-out images after the last epoch', unit='%', n=1,
-                values=[100*df.valid_accuracy.iloc[-1]], seed=args.seed, parameters=n_params, width=args.width,
+                values=[100*df.valid_accuracy.iloc[-1]], seed=args.seed, parameters=n_params, answers_right=n_right, width=args.width,
                 recipe=recipe, seconds=round(seconds), history=curves(df), **facts())
 
 
@@ -83,8 +89,10 @@ def main():
     learn, start = make_learner(args), perf_counter()
     learn.fit(args.epochs)
     about = dict(data_key=learn.dls.data_key, held_out=str(args.held_out))
-    ask(learn.model, load_cifar(args.data).train.images, **about).save(args.keep)
-    o = line(learn, args, perf_counter() - start)
+    train = load_cifar(args.data).train
+    answers = ask(learn.model, train.images, **about)
+    answers.save(args.keep)
+    o = line(learn, args, perf_counter() - start, right(answers, train.labels, args.held_out))
     save([o], args.out)
     print(f'{o["parameters"]:,} parameters: {o["values"][0]:.2f}% of the held-out images; its answers are in {args.keep}')
 

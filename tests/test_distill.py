@@ -12,7 +12,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from s9_fastai.distill import Answers
+from s9_fastai.cifar import load_cifar
+from s9_fastai.data import cifar_dls, hold_out
+from s9_fastai.distill import Answers, packaged_answers
+from s9_fastai.learner import get_recipe, s9_learner
 from s9_fastai.train import BadInput, s9_train
 
 options = dict(data='sample', distill=0.5, bs=250, policy='flip_crop', augment='batch', epochs=2, seed=3)
@@ -65,3 +68,14 @@ def test_no_other_answers_are_taken(pupil, tmp_path):
     with pytest.raises(BadInput, match='teacher.safetensors: a pickle, which could run code, is refused'): s9_train(resume=run, epochs=3)
     (run/'teacher.safetensors').unlink()
     with pytest.raises(BadInput, match='teacher.safetensors'): s9_train(resume=run, epochs=3)
+
+
+@pytest.mark.skipif(not os.environ.get('S9_CIFAR10'), reason='S9_CIFAR10 does not name the full CIFAR-10')
+def test_the_teacher_in_the_package_knows_images_that_it_has_not_seen():
+    data, dls = load_cifar(os.environ['S9_CIFAR10']), cifar_dls(os.environ['S9_CIFAR10'], device='cpu')
+    right = packaged_answers(dls, 5000).logits.argmax(1).numpy() == data.train.labels
+    assert right[hold_out(data.train.labels, 5000)].sum() == 4662 and right.mean() > 0.98
+    learn = s9_learner(dls, get_recipe('fast', distill=0.9))
+    assert learn.distill.answers.key == packaged_answers(dls).key
+    with pytest.raises(ValueError, match='the teacher in the package: this teacher was trained with held_out 5000, .* train one with --held-out 4000'):
+        packaged_answers(dls, 4000)
