@@ -19,8 +19,9 @@ from fastai.torch_core import set_seed
 from accuracy import curves
 from common import facts, here, save
 from s9_fastai.data import cifar_dls
-from s9_fastai.distill import Answers
+from s9_fastai.distill import TEACHER, Answers, Distill
 from s9_fastai.learner import get_recipe, s9_learner
+from s9_fastai.settings import describe_callback
 
 fields = {  # of the recipe, by what is said of a variant
     'as it is': {}, '16 epochs': dict(epochs=16),
@@ -33,25 +34,30 @@ fields = {  # of the recipe, by what is said of a variant
     "the experiment's augmentation": dict(policy='reference'), 'no augmentation': dict(policy='none'),
     'flips by turns': dict(policy='alt_flip_crop')}
 callbacks = {'mixup 0.2': partial(MixUp, 0.2), 'cutmix': CutMix}
-taught = {'a teacher, weight 0.5': 0.5, 'a teacher, weight 0.9': 0.9}
+taught = {'a teacher, weight 0.5': partial(Distill, weight=0.5), 'a teacher, weight 0.9': Distill,
+          'a teacher, answers not scaled': lambda answers: Distill(answers, spread=centred(answers).std().item())}
+
+
+def centred(answers): return answers.logits.float() - answers.logits.float().mean(1, keepdim=True)
 
 
 def train(what, args):
     "The result of one variant, as a line"
     torch.set_num_threads(args.threads)
     facts()  # before the training: how busy the machine is
-    more = {'distill': taught.get(what, 0.), **fields.get(what, {})}
-    recipe = get_recipe('fast', **{'epochs': args.epochs, 'held_out': args.held_out, **more})
+    recipe = get_recipe('fast', **{'epochs': args.epochs, 'held_out': args.held_out, **fields.get(what, {})})
     set_seed(0)
     dls = cifar_dls(args.data, recipe.bs, seed=0, policy=recipe.policy, augment=recipe.augment,
                     held_out=recipe.held_out, device=torch.device('cpu'))
     cbs = [callbacks[what]()] if what in callbacks else []
-    learn = s9_learner(dls, recipe, answers=Answers.load(args.teacher) if recipe.distill else None, cbs=cbs)
+    if what in taught: cbs = [taught[what](Answers.load(args.teacher))]
+    learn = s9_learner(dls, recipe, cbs=cbs)
     start = perf_counter()
     with learn.no_bar(), learn.no_logging(): learn.fit(recipe.epochs)
     df = pd.DataFrame(learn.recorder.values, columns=learn.recorder.metric_names[1:-1])
     return dict(what=what, measure='accuracy on the held-out images after the last epoch', unit='%', n=1,
-                values=[100*df.valid_accuracy.iloc[-1]], seed=0, recipe=vars(recipe), runs_at_once=args.jobs,
+                values=[100*df.valid_accuracy.iloc[-1]], seed=0, recipe=vars(recipe),
+                callbacks=[describe_callback(cb) for cb in cbs], runs_at_once=args.jobs,
                 seconds=round(perf_counter() - start), history=curves(df), **facts())
 
 
@@ -69,7 +75,7 @@ def main():
     p.add_argument('--data', default=os.environ.get('S9_CIFAR10'), help="the full CIFAR-10, or 'sample' to try out")
     p.add_argument('--epochs', type=int, default=8, help='passes over the training images')
     p.add_argument('--held-out', type=int, default=5000, help='training images that validate')
-    p.add_argument('--teacher', type=Path, default=here.parent/'runs'/'teacher.safetensors', help='from teacher.py')
+    p.add_argument('--teacher', type=Path, default=TEACHER, help="answers from teacher.py; if not given, the package's")
     p.add_argument('--jobs', type=int, default=1, help='runs at once')
     p.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads of torch in each run')
     p.add_argument('--out', type=Path, default=here/'results', help='folder of the JSON lines')

@@ -113,11 +113,15 @@ class Distill(Callback):
         answers:Answers, # Of the training images that the loaders' items count
         weight:float=0.9, # Of the teacher in the loss, above 0 and up to 1; the labels have the rest
         temperature:float=4., # Softens both answers, above 0, see `distillation_loss`
+        spread:float=4., # Standard deviation that the teacher's logits are brought to, above 0
     ):
-        for nm, v, most in (('weight', weight, 1), ('temperature', temperature, 1000)):
+        for nm, v, most in (('weight', weight, 1), ('temperature', temperature, 1000), ('spread', spread, 1000)):
             if isinstance(v, bool) or not isinstance(v, Real) or not 0 < v <= most:
                 raise ValueError(f'{nm} is {v!r}, but must be a number above 0 and up to {most}')
-        self.answers, self.weight, self.temperature = answers, weight, temperature
+        self.answers, self.weight, self.temperature, self.spread = answers, weight, temperature, spread
+        said = answers.logits.float()
+        said = said - said.mean(1, keepdim=True)  # (N, classes)
+        self.said = said*(spread/said.std().clamp_min(1e-6))
 
     def before_fit(self):
         "Errors for loaders that do not tell which images are in a batch, or whose images are others than the teacher's"
@@ -135,7 +139,7 @@ class Distill(Callback):
     def after_loss(self):
         if not self.training: return
         items = self.dls.train.dataset.items
-        said = self.answers.logits[[items[i] for i in self.dls.train.places(self.iter)]]
+        said = self.said[[items[i] for i in self.dls.train.places(self.iter)]]
         soft = distillation_loss(self.pred, said.to(self.pred.device, self.pred.dtype), self.temperature)
         self.learn.loss_grad = (1 - self.weight)*self.loss_grad + self.weight*soft
         self.learn.loss = self.learn.loss_grad.clone()

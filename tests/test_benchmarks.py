@@ -65,4 +65,4 @@ def test_a_teacher_is_trained_and_ablations_use_it(tmp_path):
         assert done.returncode == 0, done.stderr
     lines = [json.loads(o) for o in (tmp_path/'ablate.jsonl').read_text().splitlines()]
     assert [o['what'] for o in lines] == ['as it is', 'mixup 0.2', 'a teacher, weight 0.9'] and done.stdout == ''
-    assert [o['recipe']['distill'] for o in lines] == [0, 0, 0.9] and len({o['history']['train_loss'][0] for o in lines}) == 3
+    assert [bool(o['callbacks']) for o in lines] == [False, True, True] and 'weight=0.9' in lines[2]['callbacks'][0] and len({o['history']['train_loss'][0] for o in lines}) == 3
