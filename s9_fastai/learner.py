@@ -106,7 +106,7 @@ class Recipe:
 # %% ../nbs/08_learner.ipynb #d5233fb1
 RECIPES = {
     'stated': Recipe(), 'logged': Recipe(step_size=20, dropout=0.05), 'sample': Recipe(epochs=12, bs=32),
-    'fast': Recipe(dropout=0., policy='flip_crop', augment='batch', epochs=14, opt='muon', lr=0.3, wd=1e-3,
+    'fast': Recipe(dropout=0., policy='flip_crop', augment='batch', epochs=11, opt='muon', lr=0.3, wd=1e-3,
                    sched='triangle', average=0.03)}
 
 # %% ../nbs/08_learner.ipynb #8f1ffcf1
