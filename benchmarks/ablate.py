@@ -34,18 +34,18 @@ fields = {  # of the recipe, by what is said of a variant
     "the experiment's augmentation": dict(policy='reference'), 'no augmentation': dict(policy='none'),
     'flips by turns': dict(policy='alt_flip_crop')}
 callbacks = {'mixup 0.2': partial(MixUp, 0.2), 'cutmix': CutMix}
-taught = {'a teacher, weight 0.5': partial(Distill, weight=0.5), 'a teacher, weight 0.9': Distill,
-          'a teacher, answers not scaled': lambda answers: Distill(answers, spread=centred(answers).std().item())}
+taught = {'a teacher, weight 0.5': partial(Distill, weight=0.5), 'a teacher, weight 0.9': Distill}
 
 
-def centred(answers): return answers.logits.float() - answers.logits.float().mean(1, keepdim=True)
+def recipe_of(what, args):
+    return get_recipe('fast', **{'epochs': args.epochs, 'held_out': args.held_out, **fields.get(what, {})})
 
 
 def train(what, args):
     "The result of one variant, as a line"
     torch.set_num_threads(args.threads)
     facts()  # before the training: how busy the machine is
-    recipe = get_recipe('fast', **{'epochs': args.epochs, 'held_out': args.held_out, **fields.get(what, {})})
+    recipe = recipe_of(what, args)
     set_seed(0)
     dls = cifar_dls(args.data, recipe.bs, seed=0, policy=recipe.policy, augment=recipe.augment,
                     held_out=recipe.held_out, device=torch.device('cpu'))
@@ -62,10 +62,10 @@ def train(what, args):
 
 
 def done(args):
-    "The variants that are in the results already, with as many epochs"
+    "The variants that are in the results already"
     path = args.out/'ablate.jsonl'
     lines = map(json.loads, path.read_text(encoding='utf-8').splitlines()) if path.is_file() else ()
-    return [o['what'] for o in lines if o['recipe']['epochs'] == fields.get(o['what'], {}).get('epochs', args.epochs)]
+    return [o['what'] for o in lines if o['recipe'] == vars(recipe_of(o['what'], args))]
 
 
 def main():
