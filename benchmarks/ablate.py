@@ -20,6 +20,7 @@ from accuracy import curves
 from common import facts, here, save
 from s9_fastai.data import cifar_dls
 from s9_fastai.distill import TEACHER, Answers, Distill
+from s9_fastai.fast import number_format
 from s9_fastai.learner import get_recipe, s9_learner
 from s9_fastai.settings import describe_callback
 
@@ -58,6 +59,7 @@ def train(what, args):
     return dict(what=what, measure='accuracy on the held-out images after the last epoch', unit='%', n=1,
                 values=[100*df.valid_accuracy.iloc[-1]], seed=0, recipe=vars(recipe),
                 callbacks=[describe_callback(cb) for cb in cbs], runs_at_once=args.jobs,
+                number_format=str(number_format(torch.device('cpu')))[6:],
                 seconds=round(perf_counter() - start), history=curves(df), **facts())
 
 
