@@ -274,6 +274,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                 's9_fastai.fast.FoldedBatchNorm.forward': ('fast.html#foldedbatchnorm.forward', 's9_fastai/fast.py'),
                                 's9_fastai.fast.Learner.to_fast': ('fast.html#learner.to_fast', 's9_fastai/fast.py'),
                                 's9_fastai.fast._affine': ('fast.html#_affine', 's9_fastai/fast.py'),
+                                's9_fastai.fast._is_intel': ('fast.html#_is_intel', 's9_fastai/fast.py'),
                                 's9_fastai.fast._unfold': ('fast.html#_unfold', 's9_fastai/fast.py'),
                                 's9_fastai.fast.fast_layers': ('fast.html#fast_layers', 's9_fastai/fast.py'),
                                 's9_fastai.fast.fold_rows': ('fast.html#fold_rows', 's9_fastai/fast.py'),

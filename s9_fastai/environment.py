@@ -7,14 +7,12 @@ __all__ = ['cpu_name', 'environment', 'changes', 'use_deterministic']
 
 # %% ../nbs/00_environment.ipynb #cac9bf1a
 import os, platform
-from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
 import cv2, torch
 
 # %% ../nbs/00_environment.ipynb #7f3dea4a
-@cache  # asked before every batch
 def cpu_name()->str: # Such as 'AMD EPYC'
     "What the processor calls itself, or its kind where it does not tell"
     info = Path('/proc/cpuinfo')

@@ -8,6 +8,7 @@ __all__ = ['fold_rows', 'FoldedBatchNorm', 'FastBatchNorm2d', 'FastDropout', 'fa
 
 # %% ../nbs/05_fast.ipynb #81a4b54f
 import ctypes, math, platform, sys
+from functools import cache
 
 import numpy as np, torch
 from fastai.callback.channelslast import ChannelsLast
@@ -121,6 +122,9 @@ def fast_layers(
     return model
 
 # %% ../nbs/05_fast.ipynb #39fea5c3
+@cache  # asked before every batch
+def _is_intel(): return 'intel' in cpu_name().lower()
+
 def number_format(
     device:torch.device, # Where the model is
 )->torch.dtype: # torch.bfloat16 or torch.float32
@@ -129,8 +133,7 @@ def number_format(
     elif device.type != 'cpu': fast = False
     elif platform.machine() in ('x86_64', 'AMD64'):
         # Intel's AVX-512 multiplies bfloat16 no faster than float32, and the conversions cost
-        is_intel = 'intel' in cpu_name().lower()
-        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() and not is_intel
+        fast = torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported() and not _is_intel()
     else: fast = torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 

@@ -98,8 +98,8 @@ class Recipe:
     def distill_cbs(self, dls:DataLoaders, answers:Answers|None)->list:
         if self.distill: return [Distill(answers or packaged_answers(dls, self.held_out), self.distill)]
         if answers is None: return []
-        raise ValueError(f'distill is {self.distill}, so a teacher would not be heard: give a distill above 0, or leave '
-                         'the answers out')
+        raise ValueError(f'distill is {self.distill}, so a teacher would not be heard: give a distill above 0, or '
+                         'leave the answers out')
     def scheduler(self)->list:
         return lr_scheduler(self.sched, rise=self.rise, step_size=self.step_size, gamma=self.gamma)
 

@@ -18,7 +18,7 @@ from fastai.torch_core import params, set_seed
 from fastcore.basics import noop
 from torch import nn
 
-from s9_fastai.fast import (Autocast, FastBatchNorm2d, FastDropout, FastSGD, FoldedBatchNorm, fast_layers, fold_rows,
+from s9_fastai.fast import (_is_intel, Autocast, FastBatchNorm2d, FastDropout, FastSGD, FoldedBatchNorm, fast_layers, fold_rows,
                             keep_freed_memory, number_format)
 from s9_fastai.learner import get_recipe, s9_learner
 from s9_fastai.net import Net
@@ -217,9 +217,11 @@ def test_the_processor_is_asked(monkeypatch):
     for cpu, avx512, amx, fast in (('AMD EPYC', True, False, True), ('AMD EPYC', False, False, False), ('Intel(R) Xeon(R) Processor', True, False, False),
                                    ('Intel(R) Xeon(R) Processor', True, True, True), ('Intel64 Family 6, GenuineIntel', True, False, False)):
         monkeypatch.setattr('s9_fastai.fast.cpu_name', lambda: cpu)
+        _is_intel.cache_clear()
         monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: avx512)
         monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
         assert number_format(torch.device('cpu')) == (torch.bfloat16 if fast else torch.float32)
+    _is_intel.cache_clear()
     assert number_format(torch.device('meta')) == torch.float32
 
 
