@@ -11,7 +11,6 @@ from time import perf_counter
 import pandas as pd
 import torch
 from fastai.callback.channelslast import ChannelsLast
-from fastai.callback.progress import CSVLogger
 from fastai.layers import ConvLayer
 from fastai.learner import Learner
 from fastai.metrics import accuracy
@@ -47,7 +46,7 @@ def make_learner(args):
     set_seed(args.seed)
     dls = cifar_dls(args.data, recipe.bs, seed=args.seed, policy=recipe.policy, augment=recipe.augment,
                     held_out=recipe.held_out, device=torch.device('cpu'))
-    cbs = [ChannelsLast, *recipe.scheduler(), *recipe.average_cbs(), CSVLogger(args.keep.with_suffix('.csv'))]
+    cbs = [ChannelsLast, *recipe.scheduler(), *recipe.average_cbs()]
     learn = Learner(dls, fast_layers(network(args.width)), loss_func=recipe.loss_func(), opt_func=recipe.opt_func(),
                     lr=recipe.lr, wd=recipe.wd, metrics=accuracy)
     keep_freed_memory()
@@ -68,8 +67,8 @@ def line(learn, args, seconds, n_right):
     n_params = sum(p.numel() for p in learn.model.parameters())
     recipe = {k: v for k, v in vars(learn.recipe).items() if k not in ('n_channels', 'norm', 'dropout', 'compute')}
     return dict(what='teacher', measure='accuracy on the held-out images after the last epoch', unit='%', n=1,
-                values=[100*df.valid_accuracy.iloc[-1]], seed=args.seed, parameters=n_params, answers_right=n_right, width=args.width,
-                recipe=recipe, seconds=round(seconds), history=curves(df), **facts())
+                values=[100*df.valid_accuracy.iloc[-1]], seed=args.seed, parameters=n_params, width=args.width,
+                answers_right=n_right, recipe=recipe, seconds=round(seconds), history=curves(df), **facts())
 
 
 def main():
