@@ -108,6 +108,7 @@ RECIPES = {
     'stated': Recipe(), 'logged': Recipe(step_size=20, dropout=0.05), 'sample': Recipe(epochs=12, bs=32),
     'fast': Recipe(dropout=0., policy='flip_crop', augment='batch', epochs=11, opt='muon', lr=0.3, wd=1e-3,
                    sched='triangle', average=0.03)}
+RECIPES['best'] = replace(RECIPES['fast'], epochs=75, distill=0.9)
 
 # %% ../nbs/08_learner.ipynb #8f1ffcf1
 def get_recipe(

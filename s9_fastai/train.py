@@ -163,7 +163,7 @@ def saying_how_to_go_on(
 # %% ../nbs/10_train.ipynb #ecfef6ac
 def s9_train(
     data:str=None, # CIFAR-10: a folder, an archive or 'sample', the embedded 2,500 images; searched for if not given
-    recipe:str=None, # 'stated', 'logged', 'fast' or 'sample'; if not given: stated, or sample for the data of that name
+    recipe:str=None, # 'stated', 'logged', 'fast', 'best' or 'sample'; if not given: stated, or sample for the data of that name
     teacher:str=None, # For --distill: a finished run's folder or a teacher.safetensors; if not given: the package's own
     seed:int=None, # Fixes weights, order, augmentation and dropout: 0 to 4294967295; 42 if not given
     workers:int=None, # Processes that prepare batches: 0 to 256; 0, also if not given: the training process does
