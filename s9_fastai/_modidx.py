@@ -235,6 +235,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    's9_fastai.distill.Distill.after_loss': ('distill.html#distill.after_loss', 's9_fastai/distill.py'),
                                    's9_fastai.distill.Distill.before_fit': ('distill.html#distill.before_fit', 's9_fastai/distill.py'),
                                    's9_fastai.distill.ask': ('distill.html#ask', 's9_fastai/distill.py'),
+                                   's9_fastai.distill.check_answers': ('distill.html#check_answers', 's9_fastai/distill.py'),
                                    's9_fastai.distill.check_teacher': ('distill.html#check_teacher', 's9_fastai/distill.py'),
                                    's9_fastai.distill.distillation_loss': ('distill.html#distillation_loss', 's9_fastai/distill.py'),
                                    's9_fastai.distill.packaged_answers': ('distill.html#packaged_answers', 's9_fastai/distill.py')},

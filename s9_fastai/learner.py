@@ -20,7 +20,7 @@ from fastai.callback import progress  # its import gives every Learner its bars
 from .average import WeightAverage
 from .checkpoint import Checkpoint, FiniteLoss
 from .data import augmentation, cifar_dls
-from .distill import Answers, Distill, packaged_answers
+from .distill import Answers, Distill, check_answers, packaged_answers
 from .fast import FastSGD
 from .muon import FastMuon
 from .net import WEIGHTS, Net
@@ -96,7 +96,10 @@ class Recipe:
     def loss_func(self): return CrossEntropyLossFlat(label_smoothing=self.label_smoothing)
     def average_cbs(self)->list: return [WeightAverage(self.average)] if self.average else []
     def distill_cbs(self, dls:DataLoaders, answers:Answers|None)->list:
-        if self.distill: return [Distill(answers or packaged_answers(dls, self.held_out), self.distill)]
+        if self.distill:
+            answers = answers or packaged_answers(dls, self.held_out)
+            check_answers(answers, dls)
+            return [Distill(answers, self.distill)]
         if answers is None: return []
         raise ValueError(f'distill is {self.distill}, so a teacher would not be heard: give a distill above 0, or '
                          'leave the answers out')

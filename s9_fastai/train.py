@@ -20,7 +20,7 @@ from fastai.torch_core import set_seed
 from .command import BadInput, RunFailed, plain_message, run_command
 from .cifar import load_cifar
 from .data import cifar_dls
-from .distill import Answers, ask, check_teacher, packaged_answers
+from .distill import Answers, ask, check_answers, check_teacher, packaged_answers
 from .environment import use_deterministic
 from .facts import is_there, show_bars, shown
 from .files import naming, write_json
@@ -91,6 +91,7 @@ def _teacher(given, run_dir, dls, recipe):
         if not os.path.isfile(path): return _ask_run(path, dls, recipe)
         answers = Answers.load(path)
         check_teacher(answers.about, dls, recipe.held_out, path)
+    check_answers(answers, dls)  # before the folder is made
     return lambda: answers
 
 def _write_down(run_dir, now, answers, n_done):

@@ -70,6 +70,14 @@ def test_no_other_answers_are_taken(pupil, tmp_path):
     with pytest.raises(BadInput, match='teacher.safetensors'): s9_train(resume=run, epochs=3)
 
 
+@pytest.mark.parametrize('shape, said', [((1999, 10), 'has answers for 1999 images, but'), ((2000, 9), 'knows 9 classes, but')])
+def test_answers_that_do_not_fit_are_refused_before_a_folder_is_made(pupil, tmp_path, shape, said):
+    about = Answers.load(pupil/'teacher.safetensors').about  # of the right data, as somebody could forge it
+    Answers(torch.zeros(shape), **about).save(tmp_path/'forged.safetensors')
+    with pytest.raises(BadInput, match=said): s9_train(**options, teacher=tmp_path/'forged.safetensors', out=tmp_path/'run')
+    assert not (tmp_path/'run').exists()
+
+
 @pytest.mark.skipif(not os.environ.get('S9_CIFAR10'), reason='S9_CIFAR10 does not name the full CIFAR-10')
 def test_the_teacher_in_the_package_knows_images_that_it_has_not_seen():
     data, dls = load_cifar(os.environ['S9_CIFAR10']), cifar_dls(os.environ['S9_CIFAR10'], device='cpu')
