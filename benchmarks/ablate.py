@@ -1,6 +1,6 @@
 """Trains `fast` for a few epochs with one thing changed at a time: what each brings, on images held out of training.
 
-One run for each variant, all from the same seed, so half a point is noise. The test images are not read.
+One run for each variant from each seed that is asked for. The test images are not read.
 """
 import json
 import multiprocessing
@@ -18,8 +18,9 @@ from fastai.torch_core import set_seed
 
 from accuracy import curves
 from common import facts, here, save
+from s9_fastai.cifar import load_cifar
 from s9_fastai.data import cifar_dls
-from s9_fastai.distill import TEACHER, Answers, Distill
+from s9_fastai.distill import TEACHER, Answers, Distill, check_answers
 from s9_fastai.fast import number_format
 from s9_fastai.learner import get_recipe, s9_learner
 from s9_fastai.settings import describe_callback
@@ -42,40 +43,49 @@ def recipe_of(what, args):
     return get_recipe('fast', **{'epochs': args.epochs, 'held_out': args.held_out, **fields.get(what, {})})
 
 
-def train(what, args):
+def subject(what, seed, args):
+    "What tells one training from another, beside its recipe"
+    teacher = dict(teacher=Answers.load(args.teacher).key) if what in taught else {}
+    return dict(what=what, seed=seed, data_key=args.data_key, **teacher)
+
+
+def train(what, seed, args):
     "The result of one variant, as a line"
     torch.set_num_threads(args.threads)
     facts()  # before the training: how busy the machine is
     recipe = recipe_of(what, args)
-    set_seed(0)
-    dls = cifar_dls(args.data, recipe.bs, seed=0, policy=recipe.policy, augment=recipe.augment,
+    set_seed(seed)
+    dls = cifar_dls(args.data, recipe.bs, seed=seed, policy=recipe.policy, augment=recipe.augment,
                     held_out=recipe.held_out, device=torch.device('cpu'))
     cbs = [callbacks[what]()] if what in callbacks else []
-    if what in taught: cbs = [taught[what](Answers.load(args.teacher))]
+    if what in taught:
+        check_answers(answers := Answers.load(args.teacher), dls)
+        cbs = [taught[what](answers)]
     learn = s9_learner(dls, recipe, cbs=cbs)
     start = perf_counter()
     with learn.no_bar(), learn.no_logging(): learn.fit(recipe.epochs)
     df = pd.DataFrame(learn.recorder.values, columns=learn.recorder.metric_names[1:-1])
-    return dict(what=what, measure='accuracy on the held-out images after the last epoch', unit='%', n=1,
-                values=[100*df.valid_accuracy.iloc[-1]], seed=0, recipe=vars(recipe),
+    return dict(**subject(what, seed, args), measure='accuracy on the held-out images after the last epoch', unit='%', n=1,
+                values=[100*df.valid_accuracy.iloc[-1]], recipe=vars(recipe),
                 callbacks=[describe_callback(cb) for cb in cbs], runs_at_once=args.jobs,
                 number_format=str(number_format(torch.device('cpu')))[6:],
                 seconds=round(perf_counter() - start), history=curves(df), **facts())
 
 
-def done(args):
-    "The variants that are in the results already"
+def is_done(what, seed, args):
+    "Are the results of this training there already? The oldest lines tell neither data nor teacher"
     path = args.out/'ablate.jsonl'
     lines = map(json.loads, path.read_text(encoding='utf-8').splitlines()) if path.is_file() else ()
-    return [o['what'] for o in lines if o['recipe'] == vars(recipe_of(o['what'], args))]
+    mine = {**subject(what, seed, args), 'recipe': vars(recipe_of(what, args))}
+    return any(all(o.get(k, v) == v for k, v in mine.items()) for o in lines)
 
 
-def main():
-    names = [*fields, *callbacks, *taught]
+def options(names):
     p = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     p.add_argument('variants', nargs='*', metavar='VARIANT', help=f'one of: {", ".join(names)}; none: all')
     p.add_argument('--data', default=os.environ.get('S9_CIFAR10'), help="the full CIFAR-10, or 'sample' to try out")
     p.add_argument('--epochs', type=int, default=8, help='passes over the training images')
+    p.add_argument('--seeds', type=int, nargs='+', default=[0], help='of weights, order and augmentation')
     p.add_argument('--held-out', type=int, default=5000, help='training images that validate')
     p.add_argument('--teacher', type=Path, default=TEACHER, help="answers from teacher.py; if not given, the package's")
     p.add_argument('--jobs', type=int, default=1, help='runs at once')
@@ -83,12 +93,18 @@ def main():
     p.add_argument('--out', type=Path, default=here/'results', help='folder of the JSON lines')
     args = p.parse_args()
     if wrong := [o for o in args.variants if o not in names]: p.error(f'no variant {wrong[0]!r}: {", ".join(names)}')
-    there = done(args)
-    todo = [o for o in args.variants or names if o not in there]
+    args.data_key = load_cifar(args.data).key
+    return args
+
+
+def main():
+    names = [*fields, *callbacks, *taught]
+    args = options(names)
+    todo = [(o, s) for s in args.seeds for o in args.variants or names if not is_done(o, s, args)]
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context('spawn')) as pool:
-        for o in pool.map(partial(train, args=args), todo):
+        for o in pool.map(partial(train, args=args), *zip(*todo)):
             save([o], args.out)
-            print(f'{o["what"]}: {o["values"][0]:.2f}%', flush=True)
+            print(f'{o["what"]}, seed {o["seed"]}: {o["values"][0]:.2f}%', flush=True)
 
 
 if __name__ == '__main__': main()

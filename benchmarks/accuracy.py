@@ -1,7 +1,8 @@
 """Trains a recipe from several seeds and appends what came of it as one line: recipe, every epoch, mean and deviation.
 
 Options that are not listed here go to s9_train as they are, such as `--epochs 8` or `--held-out 5000`. A run that was
-killed goes on when the script is started again, one that is complete is not repeated: their folders are in `runs`.
+killed goes on when the script is started again, one that is complete is not repeated: their folders are in `runs`,
+each beside a .json with the options and the commit that it was begun with. Other options need another name.
 """
 import json
 import os
@@ -16,7 +17,7 @@ from statistics import mean, stdev
 import pandas as pd
 import torch
 
-from common import facts, here, save
+from common import facts, git_commit, here, save
 from kill import command
 from s9_fastai.learner import Recipe
 
@@ -34,11 +35,20 @@ def is_complete(folder):
     return (folder/'weights.safetensors').is_file() and len(history(folder)) == told(folder)['epochs']
 
 
+def begin(folder, args):
+    "What the run in `folder` was begun with, which is now where it is not there"
+    path = folder.with_suffix('.json')
+    if not (folder/'recipe.json').is_file():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(dict(args=[*map(str, args)], commit=git_commit())), encoding='utf-8')
+    return json.loads(path.read_text(encoding='utf-8'))
+
+
 def train(folder, args):
     "One run, begun or taken up: None, or the last line of what it said when it failed"
+    there, begun = (folder/'recipe.json').is_file(), begin(folder, args)['args']
+    if begun != [*map(str, args)]: return f'{folder} was begun with {" ".join(begun)}: give the result another name'
     if is_complete(folder): return None
-    there = (folder/'recipe.json').is_file()
-    folder.parent.mkdir(parents=True, exist_ok=True)
     more = ['--resume', folder] if there else ['--out', folder, *args]
     with open(folder.with_suffix('.txt'), 'a', encoding='utf-8') as f:
         done = subprocess.run(command(*more), stdout=f, stderr=subprocess.STDOUT)
@@ -60,18 +70,20 @@ def curves(df):
 def line(what, folders, failed, jobs):
     "The result of the complete runs in `folders`, a dict by seed"
     dfs = {seed: history(f) for seed, f in folders.items()}
-    about = next(told(f) for f in folders.values())
-    recipe = {f.name: about[f.name] for f in fields(Recipe) if f.name in about}
+    abouts = [told(f) for f in folders.values()]
+    recipe, *others = [{f.name: o[f.name] for f in fields(Recipe) if f.name in o} for o in abouts]
+    if any(o != recipe for o in others): sys.exit(f'the runs of {what} have different recipes: take another name')
     values = [100*df.valid_accuracy.iloc[-1] for df in dfs.values()]
     images = 'held-out images' if recipe.get('held_out') else 'test images'
     return dict(
         what=what, measure=f'accuracy on the {images} after the last epoch', unit='%', n=len(values),
         mean=mean(values), std=stdev(values) if len(values) > 1 else None, values=values, seeds=[*dfs], recipe=recipe,
-        number_format=about['number_format'], epochs=recipe['epochs'], failed=failed, runs_at_once=jobs,
-        seconds=[seconds(df.time) for df in dfs.values()], histories={s: curves(df) for s, df in dfs.items()}, **facts())
+        number_format=abouts[0]['number_format'], epochs=recipe['epochs'], failed=failed, runs_at_once=jobs,
+        seconds=[seconds(df.time) for df in dfs.values()], histories={s: curves(df) for s, df in dfs.items()},
+        **{**facts(), 'commit': ', '.join(sorted({begin(f, ())['commit'] for f in folders.values()}))})
 
 
-def main():
+def parser():
     p = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     p.add_argument('name', help='of the result, and of the folder of its runs')
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='one run from each')
@@ -79,7 +91,11 @@ def main():
     p.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads of torch in each run')
     p.add_argument('--out', type=Path, default=here/'results', help='folder of the JSON lines')
     p.add_argument('--folder', type=Path, default=here.parent/'runs'/'accuracy', help='where the runs are')
-    args, rest = p.parse_known_args()
+    return p
+
+
+def main():
+    args, rest = parser().parse_known_args()
     torch.set_num_threads(args.threads)  # for the record
     os.environ['OMP_NUM_THREADS'] = str(args.threads)
     folders = {seed: args.folder/args.name/f'seed-{seed}' for seed in args.seeds}

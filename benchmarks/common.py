@@ -42,11 +42,11 @@ def busy_cores():
     return round(os.cpu_count()*(1 - idle/max(sum(spent), 1)), 2)
 
 
-def options(doc, reps):
-    "An argparse parser with the options that every script has"
+def options(doc, reps=None):
+    "An argparse parser with the options that every script has; without `reps` nothing is repeated"
     p = argparse.ArgumentParser(description=doc, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     p.error = partial(complain, p.prog)
-    p.add_argument('--reps', type=int, default=reps, help='repetitions that count, after one that does not')
+    if reps: p.add_argument('--reps', type=int, default=reps, help='repetitions that count, after one that does not')
     p.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads of torch in each process')
     p.add_argument('--out', type=Path, default=here/'results', help='folder of the JSON lines')
     return p
@@ -63,7 +63,7 @@ def data_options(p, names):
 def parse(p):
     "The options as given; one line and exit code 2 where they cannot be used"
     args = p.parse_args()
-    if args.reps < 1: p.error(f'--reps is {args.reps}, but must be at least 1')
+    if 'reps' in args and args.reps < 1: p.error(f'--reps is {args.reps}, but must be at least 1')
     if 'data' in args and not args.data: p.error('no data: name the full CIFAR-10 in S9_CIFAR10, or give --data')
     if 'data' in args and args.data != 'sample' and not Path(args.data).expanduser().exists():
         p.error(f'no data: {args.data} is not there')

@@ -275,9 +275,9 @@ def make_bare(source, bs, workers):
 OURS = {f'{augment}-{compute}': (f'{augment} path, {compute} compute',
                                  partial(make_ours, compute=compute, augment=augment), 0)
         for compute in ('fast', 'plain') for augment in ('batch', 'item')}
-RECIPE = {f'recipe-{nm}': (f'recipe {nm}', partial(make_recipe, name=nm), 0) for nm in ('logged', 'fast')}
+RECIPE = {f'recipe-{nm}': (f'recipe {nm}', partial(make_recipe, name=nm), 0) for nm in ('logged', 'fast', 'best')}
 # name: title, how it is made, workers
 EPOCHS = {'fastai': ('fastai idiom, 1 process', make_fastai, 0),
           'fastai-2': ('fastai idiom, 2 workers', make_fastai, 2),
-          'pytorch-2': ('plain PyTorch, 2 workers', make_pytorch, 2), **OURS, **RECIPE,
+          'pytorch-2': ('plain PyTorch, 2 workers', make_pytorch, 2), **OURS,
           'bare': ('bare network, batch already there', make_bare, 0)}

@@ -1,12 +1,12 @@
 "Seconds of one epoch on CIFAR-10 with the test at its end, and of its training part"
 from common import Contestant, data_options, get_source, interleave, lines_of, options, parse, save, show
-from competitors import EPOCHS
+from competitors import EPOCHS, RECIPE
 from s9_fastai.learner import get_recipe
 
 
 def contestant(key, bs, source, threads):
     "The way of training called `key` as one who takes part"
-    title, make, workers = EPOCHS[key]
+    title, make, workers = {**EPOCHS, **RECIPE}[key]
     policy = get_recipe(key.removeprefix('recipe-')).policy if key.startswith('recipe-') else 'reference'
     settings = dict(contestant=key, bs=bs, workers=workers, policy=policy, images=source.n_train,
                     test_images=source.n_test)
@@ -29,7 +29,8 @@ def measure(args, images):
 
 
 def main():
-    p = data_options(options(__doc__, reps=3), list(EPOCHS))
+    p = data_options(options(__doc__, reps=3), [*EPOCHS, *RECIPE])
+    p.set_defaults(contestants=[*EPOCHS])  # whole recipes are asked for: the teacher of one knows nothing but all of CIFAR-10
     p.add_argument('--images', type=int, nargs='+', default=[None], metavar='N',
                    help='training images, drawn once; several numbers are measured one after the other; not given: all')
     p.add_argument('--bs', type=int, default=128, help='images a batch')

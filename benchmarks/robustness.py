@@ -60,7 +60,7 @@ def measure(net, test):
 
 
 def main():
-    p = options(__doc__, reps=1)
+    p = options(__doc__)
     p.add_argument('--data', default=os.environ.get('S9_CIFAR10'), help="the full CIFAR-10, or 'sample' to try out")
     args = parse(p)
     o = measure(Net.pretrained(), load_cifar(args.data).test)

@@ -71,7 +71,7 @@ def line(learn, args, seconds, n_right):
                 answers_right=n_right, recipe=recipe, seconds=round(seconds), history=curves(df), **facts())
 
 
-def main():
+def options():
     p = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
     p.add_argument('--data', default=os.environ.get('S9_CIFAR10'), help="the full CIFAR-10, or 'sample' to try out")
     p.add_argument('--epochs', type=int, default=14, help='passes over the training images')
@@ -82,6 +82,12 @@ def main():
     p.add_argument('--keep', type=Path, default=here.parent/'runs'/'teacher.safetensors', help='file of its answers')
     p.add_argument('--out', type=Path, default=here/'results', help='folder of the JSON lines')
     args = p.parse_args()
+    if args.held_out < 1: p.error(f'--held-out is {args.held_out}, but a teacher must be judged: give at least 10')
+    return args
+
+
+def main():
+    args = options()
     torch.set_num_threads(args.threads)
     facts()  # before the training: how busy the machine is, and which commit this is
     args.keep.parent.mkdir(parents=True, exist_ok=True)

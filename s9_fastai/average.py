@@ -15,6 +15,8 @@ from torch.optim.swa_utils import AveragedModel
 from .fits import in_fit
 
 # %% ../nbs/06_average.ipynb #efbd7368
+def _tensors(model): return [*model.parameters(), *model.buffers()]  # each once, as `AveragedModel` has them
+
 class WeightAverage(Callback):
     "Validates, and ends a fit, with a moving average of the weights and running statistics over the steps of the fit"
     order = 20  # before callbacks that look at the model after a fit, such as SaveModelCallback (60) and Checkpoint
@@ -27,38 +29,41 @@ class WeightAverage(Callback):
         # `is_out`: the averages are in the model, and the weights that learn are in `avg`
         self.age, self.avg, self.is_out = age, None, False
 
-
-
-    def lerp(self, avgs, news, n_averaged):
-        "Take the tensors `avgs`, means of `n_averaged` steps, one step further"
+    def lerp(self,
+        avgs:list, # Tensors, means of `n_averaged` steps
+        news:list, # The same ones of the model, after one step more
+        n_averaged:torch.Tensor, # Scalar
+    ):
+        "Take `avgs` one step further, in place"
         weight = 1 - (1 - 1/(n_averaged.item() + 1))**(1/self.age - 1)
         if avgs[0].is_floating_point(): return torch._foreach_lerp_(avgs, news, weight)
         for avg, new in zip(avgs, news): avg.copy_(new)  # a counter
+
+    @property
+    def is_on(self): return in_fit(self.learn) and self.avg is not None  # none yet where another callback cancels
 
     def before_fit(self):
         if not in_fit(self.learn): return
         self.avg, self.is_out = AveragedModel(self.model, multi_avg_fn=self.lerp, use_buffers=True), False
 
     def after_step(self):
-        if self.avg is not None: self.avg.update_parameters(self.model)
+        if self.is_on: self.avg.update_parameters(self.model)
 
     @torch.no_grad()
     def swap(self):
         "Put the averages where the weights are, and the other way round"
-        for a, b in zip(self.avg.module.state_dict().values(), self.model.state_dict().values()):
+        for a, b in zip(*map(_tensors, (self.avg.module, self.model))):
             was = a.clone()
             a.copy_(b)
             b.copy_(was)
         self.is_out = not self.is_out
 
     def before_validate(self):
-        if in_fit(self.learn) and self.avg is not None and not self.is_out: self.swap()
+        if self.is_on and not self.is_out: self.swap()
 
     # not right after the validation: who saves the model of an epoch wants what was validated
     def before_train(self):
-        if in_fit(self.learn) and self.is_out: self.swap()
+        if self.is_on and self.is_out: self.swap()
 
     def after_fit(self):
-        if not in_fit(self.learn) or self.avg is None: return
-        if not self.is_out: self.swap()
-        self.avg, self.is_out = None, False
+        if self.is_on and not self.is_out: self.swap()  # `avg` stays, for a run that is made longer later on

@@ -224,5 +224,6 @@ def cifar_dls(
     items = range(len(data.train.labels) + (0 if held_out else len(data.test.labels)))
     dls = cifar_block(data, held_out=held_out, **kwargs).dataloaders(
         items, bs=bs, seed=seed, num_workers=num_workers, device=device, drop_last=False)
-    dls.data_source, dls.data_key = data.source, data.key  # so that a run can say what it was trained on
+    # so that a run can say what it was trained on, and a teacher whether it has seen what validates
+    dls.data_source, dls.data_key, dls.held_out = data.source, data.key, held_out
     return dls

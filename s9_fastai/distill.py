@@ -17,20 +17,25 @@ from fastprogress.fastprogress import progress_bar
 
 from .data import KeyedDL
 from .facts import MEAN, STD, show_bars, shown
+from .fits import in_fit
 from .state import checksum, read_tensors, write_tensors
 
 # %% ../nbs/06_distill.ipynb #4b664395
 class Answers:
-    "A teacher's logits for every training image, kept as float16; a ValueError unless they are finite, and a matrix"
+    "A teacher's logits for every training image, as float16; a ValueError unless they are a matrix that it can hold"
     def __init__(self,
         logits:torch.Tensor, # (N, classes), in the order of the training images
         **about:str # What else is to be known of the teacher, such as the images that it has seen
     ):
         half = logits.half()  # a file of a megabyte; three digits of a logit are enough
         if logits.ndim != 2 or not logits.is_floating_point() or not half.isfinite().all():
-            raise ValueError(f'logits are {logits.dtype} {tuple(logits.shape)}, but must be finite floats (N, classes)')
+            raise ValueError(f'logits are {logits.dtype} {tuple(logits.shape)}, but must be floats (N, classes), '
+                             'all of them finite and below 65,504 in size')
         self.logits, self.about = half.cpu().contiguous(), about
         self.key = checksum({'logits': self.logits}, about)  # which teacher, for the record
+        said = self.logits.float()
+        self.centred = said - said.mean(1, keepdim=True)  # (N, classes), each row around 0
+        self.std = self.centred.std().clamp_min(1e-6)  # not 0 for one who knows nothing
 
     def save(self,
         path, # A .safetensors file, replaced as a whole
@@ -71,15 +76,14 @@ def ask(
 def check_teacher(
     about:dict, # What is known of a teacher: `data_key` of its images, `held_out`, how many of them it has not seen
     dls, # From `cifar_dls`, for the one who learns
-    held_out:int, # Images held out of those
     where, # File or folder of the teacher, for the error
 ):
     "A ValueError where a teacher of other images would teach, or one that has seen what is held out"
     if about.get('data_key') != getattr(dls, 'data_key', None):
         raise ValueError(f'{shown(where)}: a teacher of other images than these: take one trained on the same data')
-    if held_out and about.get('held_out') != str(held_out):
+    if dls.held_out and about.get('held_out') != str(dls.held_out):
         raise ValueError(f'{shown(where)}: this teacher was trained with held_out {about.get("held_out")}, so it has '
-                         f'seen images that are held out now: train one with --held-out {held_out}')
+                         f'seen images that are held out now: train one with --held-out {dls.held_out}')
 
 # %% ../nbs/06_distill.ipynb #ec99e65f
 #: Answers of the teacher that comes with the package; `benchmarks/teacher.py` makes it
@@ -87,11 +91,10 @@ TEACHER = Path(str(resources.files('s9_fastai')))/'data'/'teacher.safetensors'
 
 def packaged_answers(
     dls, # From `cifar_dls`, of the whole of CIFAR-10
-    held_out:int=0, # Images held out of those
 )->Answers: # (50000, 10)
     "What the teacher that comes with the package says; errors as `check_teacher`"
     answers = Answers.load(TEACHER)
-    check_teacher(answers.about, dls, held_out, 'the teacher in the package')
+    check_teacher(answers.about, dls, 'the teacher in the package')
     return answers
 
 # %% ../nbs/06_distill.ipynb #ceacc71b
@@ -109,8 +112,8 @@ def check_answers(
     answers:Answers, # A teacher's
     dls, # `DataLoaders` of the one who learns
 ):
-    """A ValueError where the images or classes of `dls` are not those of `answers`; a TypeError for loaders that do not
-    tell which images are in a batch"""
+    """A ValueError where the images or classes of `dls` are not those of `answers`, and as `check_teacher` where both
+    say what their images are; a TypeError for loaders that do not tell which images are in a batch"""
     dl, (n, n_class) = dls.train, answers.logits.shape
     if not isinstance(dl, KeyedDL) or not all(isinstance(i, Integral) for i in dl.dataset.items):
         raise TypeError(f'{type(dl).__name__} does not tell the numbers of the images in a batch, but Distill must '
@@ -119,7 +122,8 @@ def check_answers(
         raise ValueError(f'the teacher has answers for {n} images, but the loaders have one of number {most}: '
                          'ask it again, of these images')
     if n_class != dls.c:
-        raise ValueError(f'the teacher knows {n_class} classes, but the loaders have {dls.c}: take one of these classes')
+        raise ValueError(f'the teacher knows {n_class} classes, but the loaders have {dls.c}: take another teacher')
+    if 'data_key' in answers.about and hasattr(dls, 'data_key'): check_teacher(answers.about, dls, 'the teacher')
 
 # %% ../nbs/06_distill.ipynb #5d933680
 class Distill(Callback):
@@ -136,21 +140,23 @@ class Distill(Callback):
             if isinstance(v, bool) or not isinstance(v, Real) or not 0 < v <= most:
                 raise ValueError(f'{nm} is {v!r}, but must be a number above 0 and up to {most}')
         self.answers, self.weight, self.temperature, self.spread = answers, weight, temperature, spread
-        said = answers.logits.float()
-        said = said - said.mean(1, keepdim=True)  # (N, classes)
-        self.said = said*(spread/said.std().clamp_min(1e-6))
+
+    def said(self):
+        "What the teacher says of the images of the batch, (B, classes)"
+        items = self.dls.train.dataset.items
+        here = [items[i] for i in self.dls.train.places(self.iter)]
+        return self.answers.centred[here]*(self.spread/self.answers.std)
 
     def before_fit(self):
         "Errors as `check_answers`, and where images are mixed, of which no teacher has said anything"
         from fastai.callback.mixup import MixHandler  # takes a second to import, so not before somebody distils
+        if not in_fit(self.learn): return  # to predict or validate takes no teacher, and loaders may be empty
         check_answers(self.answers, self.dls)
         if mixing := [cb.name for cb in self.learn.cbs if isinstance(cb, MixHandler)]:
             raise ValueError(f'{mixing[0]} mixes images, of which a teacher has said nothing: leave one of the two out')
 
     def after_loss(self):
         if not self.training: return
-        items = self.dls.train.dataset.items
-        said = self.said[[items[i] for i in self.dls.train.places(self.iter)]]
-        soft = distillation_loss(self.pred, said.to(self.pred.device, self.pred.dtype), self.temperature)
+        soft = distillation_loss(self.pred, self.said().to(self.pred.device, self.pred.dtype), self.temperature)
         self.learn.loss_grad = (1 - self.weight)*self.loss_grad + self.weight*soft
         self.learn.loss = self.learn.loss_grad.clone()

@@ -97,7 +97,7 @@ class Recipe:
     def average_cbs(self)->list: return [WeightAverage(self.average)] if self.average else []
     def distill_cbs(self, dls:DataLoaders, answers:Answers|None)->list:
         if self.distill:
-            answers = answers or packaged_answers(dls, self.held_out)
+            answers = answers or packaged_answers(dls)
             check_answers(answers, dls)
             return [Distill(answers, self.distill)]
         if answers is None: return []
@@ -146,7 +146,7 @@ def check_batches(
 # %% ../nbs/08_learner.ipynb #38d82414
 def s9_learner(
     dls:DataLoaders, # From `cifar_dls`
-    recipe='stated', # Name of a recipe, or a `Recipe`; its `bs`, `policy` and `augment` belong to `dls`
+    recipe='stated', # Name of a recipe, or a `Recipe`; its `bs`, `policy`, `augment` and `held_out` are for `cifar_dls`
     run_dir=None, # Folder for log, history and checkpoints of a new run or one to go on with; None: none are written
     save_every:int|None=None, # Save a checkpoint after so many batches too; None: after each epoch
     force:bool=False, # Go on although settings have changed since the run in `run_dir` stopped?

@@ -22,15 +22,15 @@ from .cifar import load_cifar
 from .data import cifar_dls
 from .distill import Answers, ask, check_answers, check_teacher, packaged_answers
 from .environment import use_deterministic
-from .facts import is_there, show_bars, shown
+from .facts import show_bars, shown
 from .files import naming, write_json
 from .interpret import plot_curves, plot_misclassified
 from .learner import check_batches, get_recipe, s9_learner
 from .run import (check_options, check_same_run, describe_run, get_device, keep_source, kept_source, new_run_dir,
-                           read_run, run_path)
+                           read_run, run_net, run_path)
 from .saved import newest_checkpoint
 from .signals import Stopped
-from .state import load_weights, save_weights
+from .state import save_weights
 from .summary import summary
 
 # %% ../nbs/10_train.ipynb #b169ec1b
@@ -70,14 +70,12 @@ def _loaders(data, recipe, options):
     check_batches(dls, recipe)
     return dls
 
-def _ask_run(path, dls, recipe):
+def _ask_run(path, dls):
     "A function that asks the Net of the run in `path` about the training images"
     own, told = read_run(path)
     about = dict(data_key=told['data_key'], held_out=str(own.held_out))
-    check_teacher(about, dls, recipe.held_out, path)
-    if not is_there(path/'weights.safetensors'):
-        raise ValueError(f'{shown(path)}: this teacher is not finished: s9_train --resume {shlex.quote(str(path))}')
-    net = load_weights(own.net(), path/'weights.safetensors').to(dls.device, memory_format=torch.channels_last)
+    check_teacher(about, dls, path)
+    net = run_net(path).to(dls.device, memory_format=torch.channels_last)
     return partial(ask, net, load_cifar(dls.data_source).train.images, **about)
 
 def _teacher(given, run_dir, dls, recipe):
@@ -85,12 +83,12 @@ def _teacher(given, run_dir, dls, recipe):
     if run_dir: return partial(Answers.load, run_dir/'teacher.safetensors') if recipe.distill else None
     if given['teacher'] is None and not recipe.distill: return None
     if not recipe.distill: raise ValueError('--teacher goes with a weight for its answers: add --distill 0.9')
-    if given['teacher'] is None: answers = packaged_answers(dls, recipe.held_out)
+    if given['teacher'] is None: answers = packaged_answers(dls)
     else:
         path = run_path(given['teacher'], 'teacher')
-        if not os.path.isfile(path): return _ask_run(path, dls, recipe)
+        if not os.path.isfile(path): return _ask_run(path, dls)
         answers = Answers.load(path)
-        check_teacher(answers.about, dls, recipe.held_out, path)
+        check_teacher(answers.about, dls, path)
     check_answers(answers, dls)  # before the folder is made
     return lambda: answers
 
@@ -163,8 +161,8 @@ def saying_how_to_go_on(
 
 # %% ../nbs/10_train.ipynb #ecfef6ac
 def s9_train(
-    data:str=None, # CIFAR-10: a folder, an archive or 'sample', the embedded 2,500 images; searched for if not given
-    recipe:str=None, # 'stated', 'logged', 'fast', 'best' or 'sample'; if not given: stated, or sample for the data of that name
+    data:str=None, # CIFAR-10: a folder, an archive or 'sample', 2,500 embedded images; searched for if not given
+    recipe:str=None, # 'stated', 'logged', 'fast', 'best' or 'sample'; if not given: stated, or sample for that data
     teacher:str=None, # For --distill: a finished run's folder or a teacher.safetensors; if not given: the package's own
     seed:int=None, # Fixes weights, order, augmentation and dropout: 0 to 4294967295; 42 if not given
     workers:int=None, # Processes that prepare batches: 0 to 256; 0, also if not given: the training process does

@@ -1,10 +1,13 @@
 "The moving average of the weights beside what else a Learner may be asked to do"
+from types import SimpleNamespace
+
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.tracker import SaveModelCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.torch_core import set_seed
 from fastcore.basics import noop
+from torch.optim.swa_utils import AveragedModel
 
 from s9_fastai.average import WeightAverage
 from s9_fastai.learner import get_recipe, s9_learner
@@ -76,9 +79,10 @@ def test_a_look_in_between_is_at_the_weights_that_learn():
 def test_validate_and_lr_find_outside_of_a_fit(tmp_path):
     learn = mk(path=tmp_path)
     learn.fit(1)
-    before = weights(learn)
+    before, last = weights(learn), learn.keep.steps[-1]
     learn.validate(), learn.lr_find(num_it=5, show_plot=False)
-    assert weights(learn).equal(before) and learn.weight_average.avg is None
+    kept = torch.cat([p.flatten() for p in learn.weight_average.avg.parameters()])  # the weights that learnt
+    assert weights(learn).equal(before) and kept.equal(last) and learn.weight_average.is_out
 
 
 def test_the_model_that_is_saved_is_the_one_that_was_validated(tmp_path):
@@ -91,11 +95,26 @@ def test_the_model_that_is_saved_is_the_one_that_was_validated(tmp_path):
 
 def test_running_statistics_are_averaged_and_counters_are_not():
     set_seed(0)
-    recipe = get_recipe(n_channels=4, average=0.25, sched='none', compute='plain')
-    learn = quiet(s9_learner(synth_dls(64), recipe))
+    class Statistics(Callback):
+        order, seen = 21, []
+        def after_step(self): self.seen.append([o.clone() for o in self.learn.model.buffers()])
+    recipe, cbs = get_recipe(n_channels=4, sched='none', compute='plain'), [WeightAverage(0.5), Statistics()]
+    learn = quiet(s9_learner(synth_dls(64), recipe, cbs=cbs))
     learn.fit(2)
-    assert learn.model.conv1.norm.num_batches_tracked == 8
-    assert learn.model.conv1.norm.running_var.isfinite().all()
+    assert len(cbs[1].seen) == learn.model.conv1.norm.num_batches_tracked == 8
+    for found, seen in zip(learn.model.buffers(), zip(*cbs[1].seen), strict=True):
+        torch.testing.assert_close(found, mean_so_far(seen) if found.is_floating_point() else seen[-1])
+
+
+def test_tied_weights_are_averaged_once():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    model[1].weight = model[0].weight
+    cb = WeightAverage(0.5)
+    cb.learn, cb.avg = SimpleNamespace(model=model), AveragedModel(model)
+    with torch.no_grad(): cb.avg.module[0].weight.zero_()
+    was = model[0].weight.clone()
+    cb.swap()
+    assert not model[0].weight.any() and (cb.avg.module[1].weight == was).all()
 
 
 def test_a_fit_that_is_broken_off_leaves_a_learner_that_fits():

@@ -48,6 +48,10 @@ def test_runs_from_several_seeds_are_one_line_and_go_on(tmp_path):
     assert o['n'] == 2 and o['seeds'] == [0, 1] and o['failed'] == {} and o['recipe']['opt'] == 'muon' and o['epochs'] == 1
     assert abs(o['mean'] - sum(o['values'])/2) < 1e-9 and {*o['histories']} == {'0', '1'} and len(o['histories']['0']['train_loss']) == 1
     assert {'hardware', 'versions', 'commit', 'command', 'date'} <= o.keys()
+    begun = json.loads((tmp_path/'runs'/'try'/'seed-0.json').read_text())
+    assert begun['args'][-2:] == ['--epochs', '1'] and begun['commit'] == o['commit']
+    done = run(*args, '--epochs', 2)  # another training under the same name
+    assert done.returncode == 1 and '--epochs 1: give the result another name' in done.stderr
 
 
 def test_a_run_that_fails_is_told(tmp_path):
@@ -60,9 +64,14 @@ def test_a_teacher_is_trained_and_ablations_use_it(tmp_path):
     common = ['--data', 'sample', '--epochs', 1, '--held-out', 500, '--threads', 1, '--out', tmp_path]
     done = run('teacher.py', *common, '--width', 4, '--keep', tmp_path/'t.safetensors')
     assert done.returncode == 0 and '% of the held-out images' in done.stdout, done.stderr
+    done = run('teacher.py', *common, '--held-out', 0)
+    assert done.returncode == 2 and '--held-out is 0' in done.stderr
+    done = run('ablate.py', 'a teacher, weight 0.9', *common, '--held-out', 100, '--teacher', tmp_path/'t.safetensors')
+    assert done.returncode == 1 and 'it has seen images that are held out now' in done.stderr
     for _ in range(2):  # the second time nothing is left to do
         done = run('ablate.py', 'as it is', 'mixup 0.2', 'a teacher, weight 0.9', *common, '--teacher', tmp_path/'t.safetensors')
         assert done.returncode == 0, done.stderr
     lines = [json.loads(o) for o in (tmp_path/'ablate.jsonl').read_text().splitlines()]
     assert [o['what'] for o in lines] == ['as it is', 'mixup 0.2', 'a teacher, weight 0.9'] and done.stdout == ''
+    assert [o['seed'] for o in lines] == [0, 0, 0] and [('teacher' in o) for o in lines] == [False, False, True]
     assert [bool(o['callbacks']) for o in lines] == [False, True, True] and 'weight=0.9' in lines[2]['callbacks'][0] and len({o['history']['train_loss'][0] for o in lines}) == 3

@@ -260,7 +260,7 @@ def test_a_teacher(copy):
 
 def test_a_teacher_that_is_not_finished(copy, fault):
     message = refusal('s9_train', *taught(copy))
-    assert 'this teacher is not finished: s9_train --resume' in message
+    assert 'this run is not finished: s9_train --resume' in message
     fault('command', 'a teacher that is not finished', message)
 
 

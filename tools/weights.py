@@ -7,11 +7,13 @@
 import json
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 from s9_fastai.learner import Recipe
 from s9_fastai.net import Net
-from s9_fastai.state import load_weights, read_tensors, save_weights
+from s9_fastai.run import read_run, run_net
+from s9_fastai.state import read_tensors, save_weights
 
 root = Path(__file__).resolve().parent.parent
 data, results = root/'s9_fastai'/'data', root/'benchmarks'/'results'
@@ -25,8 +27,10 @@ def newest(script, what, **fields):
 
 def take(name, seed):
     "Put the weights of a run into the package, with what they are in the header"
-    net = load_weights(Net(), root/'runs'/'accuracy'/name/f'seed-{seed}'/'weights.safetensors')
-    save_weights(net, data/'net.safetensors', result=name, seed=str(seed), recipe=json.dumps(newest('accuracy', name)['recipe']))
+    run = root/'runs'/'accuracy'/name/f'seed-{seed}'
+    recipe, acc = asdict(read_run(run)[0]), newest('accuracy', name)
+    if (acc['recipe'], int(seed) in acc['seeds']) != (recipe, True): sys.exit(f'{run} is not among the results of {name}')
+    save_weights(run_net(run), data/'net.safetensors', result=name, seed=str(seed), recipe=json.dumps(recipe))
     subprocess.run([sys.executable, root/'benchmarks'/'robustness.py'], check=True)
 
 
@@ -41,8 +45,8 @@ A `Net` of {parameters:,} parameters, float32, for `Net.pretrained()`, `s9_learn
 **Accuracy: {correct} of the {n_test:,} test images of CIFAR-10 ({part:.2%}), counted in float32.** The recipe reaches {mean:.2f}% (mean over seeds {seeds}; n = {n}{spread}; {number_format}).
 These are the weights of seed {seed}, which was not chosen by its accuracy.
 
-- **Data.** The 50,000 training images of CIFAR-10 (Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009), all of them. Nothing else, no other network's weights. The recipe was chosen on 5,000 of them that were held out, but for its number of epochs: 10 fell short of 85.43% of the test images.
-- **Recipe.** {result}: {epochs} epochs; where it differs from the experiment's recipe: {changed}. `{command}` at commit `{commit:.10}` trains it again.
+- **Data.** The 50,000 training images of CIFAR-10 (Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009), all of them; no other images. {teacher}The recipe was chosen on 5,000 of them that were held out.
+- **Recipe.** {result}: {epochs} epochs; where it differs from the experiment's recipe: {changed}. `{command}` at commit `{commit}` trains it again.
 - **Hardware.** {cpu}, {cores} cores; torch {torch}, fastai {fastai}.
 
 ## By class
@@ -65,6 +69,14 @@ Made on the fly by `benchmarks/robustness.py`, with the strengths of CIFAR-10-C 
 """
 
 
+def teacher(recipe):
+    "A sentence on the network that taught, if one did"
+    if not recipe.get('distill'): return ''  # the oldest have no such field
+    o = newest('teacher', 'teacher')
+    return (f"Beside their labels it learnt from what a larger network says of them, of {o['parameters']:,} parameters, which was trained on "
+            f"{50_000 - o['recipe']['held_out']:,} of them (`benchmarks/teacher.py`) and comes with the package. ")
+
+
 def tables(rob):
     "The two tables of the card, from a line of `robustness.py`"
     n, per_class = rob['n_test'], rob['n_test']//len(rob['by_class'])
@@ -84,7 +96,7 @@ def card():
     facts = {**acc, **acc['hardware'], **acc['versions'], **about, **tables(rob)}
     return TEXT.format(**{
         **facts, 'parameters': sum(p.numel() for p in Net().parameters()), 'correct': rob['correct'], 'changed': changed,
-        'n_test': rob['n_test'], 'part': rob['correct']/rob['n_test'], 'seeds': ', '.join(map(str, acc['seeds'])),
+        'teacher': teacher(acc['recipe']), 'n_test': rob['n_test'], 'part': rob['correct']/rob['n_test'], 'seeds': ', '.join(map(str, acc['seeds'])),
         'spread': f', standard deviation {acc["std"]:.2f}' if acc['std'] else ''})
 
 
