@@ -53,8 +53,8 @@ class Recipe:
     bs:int = _default(cifar_dls, 'bs')  # Images a batch: 1 to 1048576
     held_out:int = _default(cifar_dls, 'held_out')  # Training images that validate, not the test images: 0 to 25000
     epochs:int = 100  # Passes over the training images: 1 to 99999
-    lr:float = 0.05  # Learning rate of the first epoch: 1e-12 to below 1000
-    mom:float = 0.9  # Momentum of SGD: 0 to below 1
+    lr:float = 0.05  # Learning rate of the first epoch, or at the top of a triangle: 1e-12 to below 1000
+    mom:float = 0.9  # Momentum, of SGD or Muon: 0 to below 1
     opt:str = 'sgd'  # 'sgd' with plain momentum, 'nesterov' with Nesterov's, or 'muon', which needs fewest epochs
     wd:float = 0.  # Weight decay, fastai's decoupled kind, not for norms and biases: 0 to below 1000
     label_smoothing:float = 0.  # Part of each label that all classes share, also in validation losses: 0 to below 1

@@ -168,10 +168,10 @@ def s9_train(
     workers:int=None, # Processes that prepare batches: 0 to 256; 0, also if not given: the training process does
     device:str=None, # cpu, cuda, cuda:1, mps, ...; if not given: the GPU if there is one, else cpu
     out:str=None, # Folder of the run, new or empty; if not given: a new one under runs
-    resume:str=None, # Folder of a run that goes on where it stopped, with the options it had; --epochs makes it longer
+    resume:str=None, # Folder of a run to resume, with the options that it had; a larger --epochs makes it longer
     force:bool=False, # With --resume: go on although settings, versions or the processor have changed
     save_every:int=None, # Save after so many batches too: 1 to 999999; if not given: after each epoch only
-    deterministic:bool=False, # Only algorithms of torch that repeat to the bit; those of a processor do anyway
+    deterministic:bool=False, # Only algorithms of torch that repeat to the bit, as all those of a CPU do
     **overrides # Fields of the recipe, such as `epochs=3`
 ): # The trained `Learner`
     "Train the Net on CIFAR-10 and leave a run folder: recipe, log, history, checkpoints, weights and figures"
