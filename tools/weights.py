@@ -73,8 +73,8 @@ def teacher(recipe):
     "A sentence on the network that taught, if one did"
     if not recipe.get('distill'): return ''  # the oldest have no such field
     o = newest('teacher', 'teacher')
-    return (f"Beside their labels it learnt from what a larger network says of them, of {o['parameters']:,} parameters, which was trained on "
-            f"{50_000 - o['recipe']['held_out']:,} of them (`benchmarks/teacher.py`) and comes with the package. ")
+    return (f"Beside their labels it learnt from the predictions of a larger network of {o['parameters']:,} parameters, which was trained on "
+            f"{50_000 - o['recipe']['held_out']:,} of them (`benchmarks/teacher.py`); the predictions come with the package. ")
 
 
 def tables(rob):
