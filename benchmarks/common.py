@@ -164,7 +164,7 @@ class Contestant:
 def interleave(contestants, reps):
     "Fill the `results` of all: everybody once to warm up, then `reps` rounds in which each one has a turn"
     with ExitStack() as stack:
-        for c in contestants: stack.enter_context(c).answer()  # one after the other: building takes the processor too
+        for c in contestants: stack.enter_context(c).answer()  # one after the other: building takes the CPU too
         for rep in range(reps + 1):
             for c in contestants:
                 got = c.run()

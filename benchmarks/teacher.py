@@ -1,7 +1,7 @@
 """Trains a larger network as a teacher, and keeps what it says of each training image for `s9_train --teacher`.
 
 The network has the shape of the one in airbench94 (Jordan, 2024), built of fastai's layers: convolutions without groups
-and dilation, which a processor computes at a higher rate than the Net's. It sees none of the held-out images.
+and dilation, which a CPU computes at a higher rate than the Net's. It sees none of the held-out images.
 """
 import os
 from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser

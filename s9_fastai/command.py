@@ -17,6 +17,7 @@ from inspect import signature
 from fastcore.docments import docments
 from fastcore.script import anno_parser
 
+from . import __version__
 from .facts import shown
 from .learner import Recipe
 from .signals import Stopped
@@ -86,6 +87,7 @@ def command_parser(
 ): # An argparse parser
     "The parser for the command line of `func`; what is wrong there ends in `complain`"
     p = anno_parser(func, prog=func.__name__)
+    p.add_argument('--version', action='version', version=f's9_fastai {__version__}')
     recipe_options(p, names)
     p.error = partial(complain, p.prog)
     for kind in _kinds: p.register('type', kind, partial(_parsed, kind))

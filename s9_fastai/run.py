@@ -155,7 +155,7 @@ def read_run(
 # %% ../nbs/09_run.ipynb #34f3f89e
 def run_net(
     path, # Folder of a run
-)->Net: # On the processor, in evaluation mode
+)->Net: # On the CPU, in evaluation mode
     "The Net that the run in `path` has trained; a ValueError while it is not finished, and as `read_run`"
     recipe, _ = read_run(path)
     weights = Path(path)/'weights.safetensors'

@@ -37,7 +37,7 @@ def _encode_list(o, tensors):
 
 def encode(
     o, # None, a bool, number, text, tensor, numeric array, or a list, tuple, L or dict of these
-    tensors:list, # Gets the tensors in `o`, copied to the processor's memory
+    tensors:list, # Gets the tensors in `o`, copied to the CPU's memory
 ): # What JSON can say
     "`o` for a file; a TypeError for what is neither number, text, tensor nor a collection of them"
     if o is None or isinstance(o, (bool, int, float, str)): return o
@@ -145,7 +145,7 @@ def load_object_state(
 
 # %% ../nbs/01_state.ipynb #dd86bb06
 def checksum(
-    tensors:dict, # By name, on the processor
+    tensors:dict, # By name, on the CPU
     about:dict, # Texts by name; `checksum` itself does not count
 )->str: # 32 hex digits
     "128 bits of BLAKE2 over names, types, shapes and contents of `tensors`, and over `about`"
@@ -159,7 +159,7 @@ def checksum(
 # %% ../nbs/01_state.ipynb #eafe9895
 def write_tensors(
     path, # A .safetensors file, replaced as a whole
-    tensors:dict, # By name; copied to the processor
+    tensors:dict, # By name; copied to the CPU
     **about:str # Kept in the file's header
 ):
     "Write `tensors` with their `checksum`; an OSError as `naming`"

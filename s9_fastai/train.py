@@ -169,7 +169,7 @@ def s9_train(
     device:str=None, # cpu, cuda, cuda:1, mps, ...; if not given: the GPU if there is one, else cpu
     out:str=None, # Folder of the run, new or empty; if not given: a new one under runs
     resume:str=None, # Folder of a run to resume, with the options that it had; a larger --epochs makes it longer
-    force:bool=False, # With --resume: go on although settings, versions or the processor have changed
+    force:bool=False, # With --resume: go on although settings, versions or the CPU have changed
     save_every:int=None, # Save after so many batches too: 1 to 999999; if not given: after each epoch only
     deterministic:bool=False, # Only algorithms of torch that repeat to the bit, as all those of a CPU do
     **overrides # Fields of the recipe, such as `epochs=3`

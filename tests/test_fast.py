@@ -384,7 +384,7 @@ def test_export_and_load(tmp_path):
     learn.export('fast.pkl')
     with pytest.warns(UserWarning, match='pickle'): again = load_learner(tmp_path/'fast.pkl')
     with again.no_bar(): got = again.get_preds(dl=learn.dls.valid)[0]
-    # fastai takes ChannelsLast out of what it loads for a processor, and another kernel rounds its bfloat16 otherwise
+    # fastai takes ChannelsLast out of what it loads for a CPU, and another kernel rounds its bfloat16 otherwise
     torch.testing.assert_close(got, want, rtol=0, atol=2e-3)
 
 

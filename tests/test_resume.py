@@ -390,7 +390,7 @@ def test_workers_and_processes_give_the_same_hash(tmp_path, augment):
     assert len({run_hash(tmp_path/str(w), augment=augment, workers=w, epochs=1, bs=500, compute='plain') for w in (0, 1, 2)}) == 1
 
 
-def test_deterministic_is_told_and_changes_nothing_on_a_processor(tmp_path):
+def test_deterministic_is_told_and_changes_nothing_on_a_cpu(tmp_path):
     a = run_hash(tmp_path/'a', epochs=1, bs=500)
     done = subprocess.run(kill.command('--data', 'sample', '--epochs', 1, '--bs', 500, '--deterministic', '--out', tmp_path/'b'), capture_output=True, text=True)
     assert done.returncode == 0 and kill.fingerprint(tmp_path/'b') == a, done.stderr
