@@ -19,7 +19,12 @@ import torch
 
 from common import facts, git_commit, here, save
 from kill import command
+from robustness import recognised
+from s9_fastai.cifar import load_cifar
+from s9_fastai.data import hold_out
 from s9_fastai.learner import Recipe
+from s9_fastai.mirror import Mirrored
+from s9_fastai.run import kept_source, read_run, run_net
 
 
 def told(folder): return json.loads((folder/'recipe.json').read_text())
@@ -62,6 +67,17 @@ def seconds(times):
     return sum(60**i*int(o) for t in times for i, o in enumerate(reversed(t.split(':'))))
 
 
+def mirrored(folder):
+    "Accuracy in % of the weights of the run in `folder`, on the images of its last epoch, with their mirror images too"
+    recipe, about = read_run(folder)
+    data = load_cifar(kept_source(folder, about))
+    images, labels = data.test.images, data.test.labels
+    if recipe.held_out:
+        at = hold_out(data.train.labels, recipe.held_out)
+        images, labels = data.train.images[at], data.train.labels[at]
+    return 100*float(recognised(Mirrored(run_net(folder)), images, labels).mean())
+
+
 def curves(df):
     "The columns of a history, as lists"
     return {k: [round(v, 6) for v in df[k].tolist()] for k in df if k not in ('epoch', 'time')}
@@ -77,7 +93,8 @@ def line(what, folders, failed, jobs):
     images = 'held-out images' if recipe.get('held_out') else 'test images'
     return dict(
         what=what, measure=f'accuracy on the {images} after the last epoch', unit='%', n=len(values),
-        mean=mean(values), std=stdev(values) if len(values) > 1 else None, values=values, seeds=[*dfs], recipe=recipe,
+        mean=mean(values), std=stdev(values) if len(values) > 1 else None, values=values,
+        mirrored=[mirrored(f) for f in folders.values()], seeds=[*dfs], recipe=recipe,
         number_format=abouts[0]['number_format'], epochs=recipe['epochs'], failed=failed, runs_at_once=jobs,
         seconds=[seconds(df.time) for df in dfs.values()], histories={s: curves(df) for s, df in dfs.items()},
         **{**facts(), 'commit': ', '.join(sorted({begin(f, ())['commit'] for f in folders.values()}))})

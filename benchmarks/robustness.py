@@ -14,6 +14,7 @@ from PIL import Image
 from common import facts, options, parse, save
 from s9_fastai.cifar import load_cifar
 from s9_fastai.facts import CLASSES, MEAN, STD
+from s9_fastai.mirror import Mirrored
 from s9_fastai.net import WEIGHTS, Net
 
 
@@ -50,12 +51,13 @@ def corrupted(images, f, strength, seed):
 
 
 def measure(net, test):
-    "Counts of recognised images: of all, by class, and by corruption and severity"
+    "Counts of recognised images: of all, with a look at the mirror image too, by class, by corruption and severity"
     hit = recognised(net, test.images, test.labels)
+    mirrored = int(recognised(Mirrored(net), test.images, test.labels).sum())
     by_class = {c: int(hit[test.labels == i].sum()) for i, c in enumerate(CLASSES)}
     harder = {nm: [int(recognised(net, corrupted(test.images, f, s, i), test.labels).sum())
                    for i, s in enumerate(strengths)] for nm, (f, strengths) in corruptions.items()}
-    return dict(n_test=len(hit), correct=int(hit.sum()), by_class=by_class, corruptions=harder,
+    return dict(n_test=len(hit), correct=int(hit.sum()), mirrored=mirrored, by_class=by_class, corruptions=harder,
                 strengths={nm: s for nm, (_, s) in corruptions.items()})
 
 

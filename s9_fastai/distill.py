@@ -18,6 +18,7 @@ from fastprogress.fastprogress import progress_bar
 from .data import KeyedDL
 from .facts import MEAN, STD, show_bars, shown
 from .fits import in_fit
+from .mirror import Mirrored
 from .state import checksum, read_tensors, write_tensors
 
 # %% ../nbs/06_distill.ipynb #4b664395
@@ -61,15 +62,15 @@ def ask(
     progress:bool=True, # Show a bar, where somebody can see it?
     **about:str # As for `Answers`
 )->Answers:
-    "What `teacher` says of `images`: the mean of its logits for each image and its mirror image, in float32"
-    teacher.eval()
+    "What `teacher`, `Mirrored`, says of `images`, in float32"
+    teacher = Mirrored(teacher).eval()
     like = next(teacher.parameters())
     mean, std = (torch.tensor(o, device=like.device).view(3, 1, 1) for o in (MEAN, STD))
     said, starts = [], range(0, len(images), bs)
     for i in progress_bar(starts, leave=False) if show_bars(progress) else starts:
         x = torch.tensor(images[i:i+bs], device=like.device).permute(0, 3, 1, 2)  # (B, 3, 32, 32), channels_last
         x = (x.float()/255 - mean)/std
-        said.append((teacher(x) + teacher(x.flip(-1)))/2)
+        said.append(teacher(x))
     return Answers(torch.cat(said), **about)
 
 # %% ../nbs/06_distill.ipynb #1d698733

@@ -10,6 +10,7 @@ from .command import BadInput, run_command
 from .data import cifar_dls
 from .facts import CLASSES, shown
 from .learner import get_recipe, s9_learner
+from .mirror import Mirrored
 from .run import run_net, run_path
 
 # %% ../nbs/10_predict.ipynb #9279a122
@@ -17,10 +18,11 @@ def class_probabilities(
     images:list, # Paths of image files, or what else `ImageReader` takes; another size than 32x32 is cut and resized
     run=None, # Folder of a finished run, whose Net is asked; None: the pretrained one
 )->list: # (N, 10) probabilities, by class name
-    "What a Net makes of `images`; a ValueError or OSError that names the one that cannot be read, and as `run_net`"
+    """What a Net makes of `images`, as `Mirrored`; a ValueError or OSError that names the one that cannot be read, and
+    as `run_net`"""
     dls = cifar_dls('sample', policy='none', device='cpu')
     learn = s9_learner(dls, get_recipe(compute='plain'), pretrained=run is None)
-    if run is not None: learn.model = run_net(run_path(run, 'run'))
+    learn.model = Mirrored(learn.model if run is None else run_net(run_path(run, 'run')))
     with learn.no_bar(): probs, _ = learn.get_preds(dl=learn.dls.test_dl(images))
     return [dict(zip(CLASSES, p)) for p in probs.tolist()]
 

@@ -14,6 +14,7 @@ from PIL import Image
 from s9_fastai.cifar import CLASSES, load_cifar
 from s9_fastai.data import cifar_dls
 from s9_fastai.learner import get_recipe, s9_learner
+from s9_fastai.mirror import Mirrored
 from s9_fastai.net import WEIGHTS, Net
 from s9_fastai.predict import main_predict
 
@@ -28,7 +29,9 @@ lines = [json.loads(o) for o in (root/'benchmarks'/'results'/'robustness.jsonl')
 def test_the_exact_count_of_the_test_images():
     "The figure of the model card, counted anew"
     test = load_cifar(os.environ['S9_CIFAR10']).test
-    assert recognised(Net.pretrained(), test.images, test.labels).sum() == lines[-1]['correct'] > 8543
+    net = Net.pretrained()
+    assert recognised(net, test.images, test.labels).sum() == lines[-1]['correct'] > 8543
+    assert recognised(Mirrored(net), test.images, test.labels).sum() == lines[-1]['mirrored'] > lines[-1]['correct']
 
 
 def test_the_card_is_what_the_results_say():

@@ -42,7 +42,7 @@ TEXT = """# Model card of `net.safetensors`
 
 A `Net` of {parameters:,} parameters, float32, for `Net.pretrained()`, `s9_learner(dls, pretrained=True)` and `s9_predict`.
 
-**Accuracy: {correct} of the {n_test:,} test images of CIFAR-10 ({part:.2%}), counted in float32.** The recipe reaches {mean:.2f}% (mean over seeds {seeds}; n = {n}{spread}; {number_format}).
+**Accuracy: {correct} of the {n_test:,} test images of CIFAR-10 ({part:.2%}), counted in float32.** `s9_predict` looks at each mirror image too (`Mirrored`), and recognises {mirrored}. The recipe reaches {mean:.2f}% (mean over seeds {seeds}; n = {n}{spread}; {number_format}).
 These are the weights of seed {seed}, which was not chosen by its accuracy.
 
 - **Data.** The 50,000 training images of CIFAR-10 (Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009), all of them; no other images. {teacher}The recipe was chosen on 5,000 of them that were held out.
@@ -95,7 +95,7 @@ def card():
     changed = ', '.join(f'{k} {v}' for k, v in acc['recipe'].items() if getattr(Recipe(), k) != v)
     facts = {**acc, **acc['hardware'], **acc['versions'], **about, **tables(rob)}
     return TEXT.format(**{
-        **facts, 'parameters': sum(p.numel() for p in Net().parameters()), 'correct': rob['correct'], 'changed': changed,
+        **facts, 'parameters': sum(p.numel() for p in Net().parameters()), 'correct': rob['correct'], 'mirrored': rob['mirrored'], 'changed': changed,
         'teacher': teacher(acc['recipe']), 'n_test': rob['n_test'], 'part': rob['correct']/rob['n_test'], 'seeds': ', '.join(map(str, acc['seeds'])),
         'spread': f', standard deviation {acc["std"]:.2f}' if acc['std'] else ''})
 
