@@ -38,7 +38,7 @@ def test_without_data_it_says_so():
 
 def test_runs_from_several_seeds_are_one_line_and_go_on(tmp_path):
     args = ['accuracy.py', 'try', '--seeds', 0, 1, '--folder', tmp_path/'runs', '--out', tmp_path/'results', '--recipe', 'fast', '--data', 'sample',
-            '--n-channels', 4, '--bs', 500]
+            '--n-channels', 4, '--bs', 500, '--held-out', 500]
     for epochs in (1, 1):  # the second time nothing is trained
         done = run(*args, '--epochs', epochs)
         assert done.returncode == 0 and 'try: ' in done.stdout and 'n = 2' in done.stdout, done.stderr
@@ -46,6 +46,7 @@ def test_runs_from_several_seeds_are_one_line_and_go_on(tmp_path):
     assert len(lines) == 2 and lines[0]['values'] == lines[1]['values'] and lines[0]['seconds'] == lines[1]['seconds']
     o = lines[0]
     assert o['n'] == 2 and o['seeds'] == [0, 1] and o['failed'] == {} and o['recipe']['opt'] == 'muon' and o['epochs'] == 1
+    assert 'held-out' in o['measure'] and len(o['mirrored']) == 2 and all(v*5 == round(v*5) and abs(v - w) < 15 for v, w in zip(o['mirrored'], o['values']))
     assert abs(o['mean'] - sum(o['values'])/2) < 1e-9 and {*o['histories']} == {'0', '1'} and len(o['histories']['0']['train_loss']) == 1
     assert {'hardware', 'versions', 'commit', 'command', 'date'} <= o.keys()
     begun = json.loads((tmp_path/'runs'/'try'/'seed-0.json').read_text())
