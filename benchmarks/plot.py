@@ -42,7 +42,7 @@ def draw(ax, lines, x, cost):
 
 def tidy(ax, lines, title, x, label):
     "What the panels have in common: as many ticks as there were settings, a log scale for the cost"
-    ax.set_title(title, loc='left', fontsize=10)
+    ax.set_title(f'{title}, log scale', loc='left', fontsize=10)
     ax.set(xlabel=label, yscale='log')
     if x != 'workers': ax.set_xscale('log')
     ax.set_xticks(sorted({o['settings'][x] for o in lines}))
