@@ -49,6 +49,8 @@ These are the weights of seed {seed}, which was not chosen by its accuracy.
 - **Recipe.** {result}: {epochs} epochs; where it differs from the experiment's recipe: {changed}. `{command}` at commit `{commit}` trains it again.
 - **Hardware.** {cpu}, {cores} cores; torch {torch}, fastai {fastai}.
 
+Both tables are of one look at each image.
+
 ## By class
 
 {classes}
@@ -63,8 +65,8 @@ Made on the fly by `benchmarks/robustness.py`, with the strengths of CIFAR-10-C 
 
 - Ten classes, and no word for anything else: it names one of them for every image, with a probability that says little about images of another kind.
 - Trained on 32x32 pixels. A photograph is cut to its middle square and made that small first; what is not in the middle is not seen.
-- Noise, blur and low contrast cost accuracy, as the table shows. It was not trained against them.
-- CIFAR-10's images were collected from the web in 2008 with search words. What is rare there is rare here.
+- Noise, blur, low contrast and JPEG compression cost accuracy, as the table shows. It was not trained against them.
+- CIFAR-10's images were collected from the web, by search words, before 2009. What is rare there is rare here.
 - For teaching and experiments. Not for decisions about people or safety.
 """
 
