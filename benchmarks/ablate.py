@@ -26,7 +26,7 @@ from s9_fastai.learner import get_recipe, s9_learner
 from s9_fastai.settings import describe_callback
 
 fields = {  # of the recipe, by what is said of a variant
-    'as it is': {}, '16 epochs': dict(epochs=16),
+    'as it is': {},
     'without averages': dict(average=0.), 'averages three times as old': dict(average=0.09),
     "Nesterov's momentum": dict(opt='nesterov', lr=0.15, wd=3e-4), 'momentum 0.95': dict(mom=0.95),
     'steps in place of the triangle': dict(sched='step', step_size=2), 'rise in a tenth': dict(rise=0.1),
