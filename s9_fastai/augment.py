@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['item_key', 'POLICIES', 'item_seed', 'KeyedRandom', 'SubpixelAffine', 'AlternatingFlip', 'reference_policy',
-           'flip_crop_policy', 'get_policy', 'check_pipeline', 'to_uint8', 'from_uint8', 'AlbumentationsTransform']
+           'flip_crop_policy', 'flip_crop_cutout_policy', 'get_policy', 'check_pipeline', 'to_uint8', 'from_uint8',
+           'AlbumentationsTransform']
 
 # %% ../nbs/01_augment.ipynb #8d5e0a92
 import hashlib, random
@@ -92,10 +93,17 @@ def flip_crop_policy(
                       A.RandomCrop(32, 32)])
 
 # %% ../nbs/01_augment.ipynb #bc3b559f
-POLICIES = {'reference': reference_policy,
-            'reference_mean': partial(reference_policy, fill=tuple(round(255*c) for c in MEAN)),
-            'flip_crop': flip_crop_policy, 'alt_flip_crop': partial(flip_crop_policy, AlternatingFlip),
-            'none': partial(A.Compose, [])}
+_mean_colour = tuple(round(255*c) for c in MEAN)
+
+def flip_crop_cutout_policy()->A.Compose: # For uint8 images (H, W, 3) of 32x32 pixels
+    "`flip_crop_policy`, then a square of 8x8 pixels in the mean colour over half of the images"
+    return A.Compose([*flip_crop_policy().transforms, A.CoarseDropout(
+        num_holes_range=(1, 1), hole_height_range=(8, 8), hole_width_range=(8, 8), fill=_mean_colour, p=0.5)])
+
+# %% ../nbs/01_augment.ipynb #f4aee9d7
+POLICIES = {'reference': reference_policy, 'reference_mean': partial(reference_policy, fill=_mean_colour),
+            'flip_crop': flip_crop_policy, 'flip_crop_cutout': flip_crop_cutout_policy,
+            'alt_flip_crop': partial(flip_crop_policy, AlternatingFlip), 'none': partial(A.Compose, [])}
 
 # %% ../nbs/01_augment.ipynb #f306980d
 def get_policy(

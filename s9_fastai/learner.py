@@ -47,7 +47,8 @@ class Recipe:
     n_channels:int = _default(Net, 'n_channels')  # Channels of the wide layers: an even number, 2 to 1024
     norm:str = _default(Net, 'norm')  # Normalisation: 'bn' (batch), 'gn' (group) or 'ln' (layer)
     dropout:float = _default(Net, 'dropout')  # Part of the values that dropout makes zero: 0 to below 1
-    policy:str = _default(cifar_dls, 'policy')  # 'reference', 'reference_mean', 'flip_crop', 'alt_flip_crop' or 'none'
+    # 'reference' (the experiment's), 'reference_mean', 'flip_crop', 'flip_crop_cutout', 'alt_flip_crop' or 'none'
+    policy:str = _default(cifar_dls, 'policy')
     augment:str = _default(cifar_dls, 'augment')  # 'item': image by image; 'batch': whole batches, which is faster
     compute:str = 'fast'  # 'fast': faster layers, bfloat16 where the hardware has it; 'plain': torch's, in float32
     bs:int = _default(cifar_dls, 'bs')  # Images a batch: 1 to 1048576
@@ -111,7 +112,7 @@ RECIPES = {
     'stated': Recipe(), 'logged': Recipe(step_size=20, dropout=0.05), 'sample': Recipe(epochs=12, bs=32),
     'fast': Recipe(dropout=0., policy='flip_crop', augment='batch', epochs=11, opt='muon', lr=0.3, wd=1e-3,
                    sched='triangle', average=0.03)}
-RECIPES['best'] = replace(RECIPES['fast'], epochs=75, distill=0.9)
+RECIPES['best'] = replace(RECIPES['fast'], epochs=150, policy='flip_crop_cutout')
 
 # %% ../nbs/08_learner.ipynb #8f1ffcf1
 def get_recipe(

@@ -364,6 +364,6 @@ print(h.hexdigest())'''
 
 
 def test_policies():
-    assert set(POLICIES) == {'reference', 'reference_mean', 'flip_crop', 'alt_flip_crop', 'none'} and not get_policy('none').transforms
+    assert set(POLICIES) == {'reference', 'reference_mean', 'flip_crop', 'flip_crop_cutout', 'alt_flip_crop', 'none'} and not get_policy('none').transforms
     assert get_policy('reference') is not get_policy('reference')
     with pytest.raises(ValueError, match="policy is 'refrence', but must be one of reference, reference_mean, flip_crop"): get_policy('refrence')
