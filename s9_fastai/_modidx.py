@@ -34,6 +34,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                                's9_fastai/augment.py'),
                                    's9_fastai.augment._hash': ('augment.html#_hash', 's9_fastai/augment.py'),
                                    's9_fastai.augment.check_pipeline': ('augment.html#check_pipeline', 's9_fastai/augment.py'),
+                                   's9_fastai.augment.flip_crop_holes_policy': ( 'augment.html#flip_crop_holes_policy',
+                                                                                 's9_fastai/augment.py'),
                                    's9_fastai.augment.flip_crop_policy': ('augment.html#flip_crop_policy', 's9_fastai/augment.py'),
                                    's9_fastai.augment.from_uint8': ('augment.html#from_uint8', 's9_fastai/augment.py'),
                                    's9_fastai.augment.get_policy': ('augment.html#get_policy', 's9_fastai/augment.py'),

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['item_key', 'POLICIES', 'item_seed', 'KeyedRandom', 'SubpixelAffine', 'AlternatingFlip', 'reference_policy',
-           'flip_crop_policy', 'get_policy', 'check_pipeline', 'to_uint8', 'from_uint8', 'AlbumentationsTransform']
+           'flip_crop_policy', 'flip_crop_holes_policy', 'get_policy', 'check_pipeline', 'to_uint8', 'from_uint8',
+           'AlbumentationsTransform']
 
 # %% ../nbs/01_augment.ipynb #8d5e0a92
 import hashlib, random
@@ -92,10 +93,16 @@ def flip_crop_policy(
                       A.RandomCrop(32, 32)])
 
 # %% ../nbs/01_augment.ipynb #bc3b559f
+def flip_crop_holes_policy()->A.Compose: # For uint8 images (H, W, 3) of 32x32 pixels
+    "`flip_crop_policy`, then a hole of 8x8 pixels, in the mean colour, in half of the images"
+    return A.Compose([*flip_crop_policy().transforms, A.CoarseDropout(
+        num_holes_range=(1, 1), hole_height_range=(8, 8), hole_width_range=(8, 8), fill=_mean_colour, p=0.5)])
+
+_mean_colour = tuple(round(255*c) for c in MEAN)
 POLICIES = {'reference': reference_policy,
             'reference_mean': partial(reference_policy, fill=tuple(round(255*c) for c in MEAN)),
             'flip_crop': flip_crop_policy, 'alt_flip_crop': partial(flip_crop_policy, AlternatingFlip),
-            'none': partial(A.Compose, [])}
+            'none': partial(A.Compose, []), 'flip_crop_holes': flip_crop_holes_policy}
 
 # %% ../nbs/01_augment.ipynb #f306980d
 def get_policy(
