@@ -30,7 +30,7 @@ def measure(args, images):
 
 def main():
     p = data_options(options(__doc__, reps=3), [*EPOCHS, *RECIPE])
-    p.set_defaults(contestants=[*EPOCHS])  # whole recipes are asked for: the teacher of one knows nothing but all of CIFAR-10
+    p.set_defaults(contestants=[*EPOCHS])  # whole recipes only where they are asked for
     p.add_argument('--images', type=int, nargs='+', default=[None], metavar='N',
                    help='training images, drawn once; several numbers are measured one after the other; not given: all')
     p.add_argument('--bs', type=int, default=128, help='images a batch')
