@@ -34,7 +34,7 @@ fields = {  # of the recipe, by what is said of a variant
     'no weight decay': dict(wd=0.), 'three times the weight decay': dict(wd=3e-3),
     'label smoothing 0.1': dict(label_smoothing=0.1), 'dropout 0.05': dict(dropout=0.05),
     "the experiment's augmentation": dict(policy='reference'), 'no augmentation': dict(policy='none'),
-    'flips by turns': dict(policy='alt_flip_crop')}
+    'flips by turns': dict(policy='alt_flip_crop'), 'cutout': dict(policy='flip_crop_cutout')}
 callbacks = {'mixup 0.2': partial(MixUp, 0.2), 'cutmix': CutMix}
 taught = {'a teacher, weight 0.5': partial(Distill, weight=0.5), 'a teacher, weight 0.9': Distill}
 
