@@ -122,6 +122,7 @@ def go_on(self:Checkpoint,
     if place.batch > (n := len(self.dls[int(place.part == 'valid')])):
         raise CannotGoOn(f'{path}: its place is {place}, but these loaders have {n} batches: build them as they were')
     self.kept, self.pending, self.is_over, self.saved = [path], (state, place), is_over, place
+    self.at = place.epoch - 1  # the last one that is over: none may come before the fit ends
     self.learn.add_cb(SkipTo(place))
     if place[1:] == ('train', 0): self.restore()  # else at the place, after the others have begun with that part
 
@@ -152,7 +153,7 @@ def restore(self:Checkpoint):
     try: load_learner_state(self.learn, state, (int(place.part == 'valid'), place.batch))
     except ValueError as e: raise CannotGoOn(f'{self.kept[-1]}: {e}') from e
     if self.force: self.take_forced(then, hypers, cbs)
-    if self.force and place[1:] == ('train', 0): self.save(place)  # so that the next one finds the new settings
+    if self.force and place[1:] == ('train', 0) and not self.is_over: self.save(place)  # for the next one to find
     rec = self.recorder
     if hasattr(rec, 'start_epoch'): rec.start_epoch += time.time() - state['time']  # the pause is no part of the epoch
     try:
@@ -181,7 +182,7 @@ def take_forced(self:Checkpoint,
         self.opt.set_hyper(k, [h[k] for h in hypers])
     for cb, args in cbs: vars(cb).update(args)
     for cb in self.learn.cbs:
-        if isinstance(cb, RateSchedule): cb.bases = [*now['lr']]
+        if isinstance(cb, RateSchedule): cb.bases, cb.of = [*now['lr']], now['n_epoch']
 
 @patch
 def before_epoch(self:Checkpoint):

@@ -7,6 +7,7 @@ __all__ = ['MAX_WORKERS', 'KeyedDL', 'CifarDL', 'augmentation', 'RowNormalize', 
 
 # %% ../nbs/05_data.ipynb #8cca056e
 import random
+from inspect import signature
 from numbers import Integral
 
 import numpy as np, torch
@@ -19,6 +20,7 @@ from fastcore.basics import chunked
 from fastcore.meta import delegates
 from fasttransform import Transform
 
+from .environment import get_device
 from .cifar import CLASSES, MEAN, STD, Cifar10, load_cifar
 from .augment import AlbumentationsTransform, get_policy, item_key, item_seed
 from .batch_augment import BatchAugment, item_keys
@@ -172,7 +174,7 @@ def hold_out(
     "Indices of `n` images, as many of each class, which depend on `labels` and `n` alone; ValueError for another `n`"
     classes, most = np.unique(labels), len(labels)//2
     if isinstance(n, bool) or not isinstance(n, int) or not 0 < n < most or n % len(classes):
-        raise ValueError(f'held_out is {n!r}, but must be a multiple of {len(classes)}, above 0 and below {most}')
+        raise ValueError(f'held_out is {n!r}, but must be 0 or a multiple of {len(classes)} below {most}')
     of_class = [np.flatnonzero(labels == c).tolist() for c in classes]
     if min(map(len, of_class)) <= (k := n//len(classes)):
         raise ValueError(f'held_out is {n}, but one class has only {min(map(len, of_class))} images: take fewer')
@@ -215,15 +217,18 @@ def cifar_dls(
     **kwargs
 )->DataLoaders: # uint8 images become float32 (B, 3, 32, 32), normalised, on `device`
     """CIFAR-10 from `path` as `DataLoaders`, the last batch partial; ValueError for a bad `bs`, `num_workers` or
-    `seed`, and as `augmentation` and `hold_out`"""
+    `seed`, and as `augmentation`, `hold_out` and `get_device`"""
     for nm, v, least in (('bs', bs, 1), ('num_workers', num_workers, 0), ('seed', 0 if seed is None else seed, 0)):
         if isinstance(v, bool) or not isinstance(v, int) or v < least:
             raise ValueError(f'{nm} is {v!r}, but must be a whole number of at least {least}')
     if num_workers > MAX_WORKERS: raise ValueError(f'num_workers is {num_workers}, but must be 0 to {MAX_WORKERS}')
-    data = load_cifar(path, cache_dir=cache_dir)
+    device, data = get_device(device), load_cifar(path, cache_dir=cache_dir)
     items = range(len(data.train.labels) + (0 if held_out else len(data.test.labels)))
     dls = cifar_block(data, held_out=held_out, **kwargs).dataloaders(
         items, bs=bs, seed=seed, num_workers=num_workers, device=device, drop_last=False)
     # so that a run can say what it was trained on, and a teacher whether it has seen what validates
     dls.data_source, dls.data_key, dls.held_out = data.source, data.key, held_out
+    of_tfm = signature(augmentation).bind(**kwargs)
+    of_tfm.apply_defaults()
+    dls.made_with = dict(bs=bs, held_out=held_out, **of_tfm.arguments)  # a recipe may ask for something else
     return dls

@@ -6,13 +6,16 @@
 __all__ = ['EpochRecorder', 'format_epoch', 'RunLog']
 
 # %% ../nbs/06_record.ipynb #accbc3b5
+from io import StringIO
 from pathlib import Path
 
 from fastai.callback.core import Callback
+from fastai.callback.tracker import TrackerCallback
 from fastai.learner import AvgLoss, Recorder, _maybe_item
 from fastcore.foundation import L
 
 from .files import append_text, cut_file
+from .fits import in_fit
 
 # %% ../nbs/06_record.ipynb #60873c29
 class EpochRecorder(Recorder):
@@ -27,6 +30,10 @@ class EpochRecorder(Recorder):
         super().before_fit()
         names = L(f'{part}_{nm}' for nm in ['loss', *self.metrics.attrgot('name')] for part in ('train', 'valid'))
         self.metric_names = L('epoch') + names + L('lr', 'time')
+        for cb in self.learn.cbs:  # which would only say that a tuple is too short
+            if isinstance(cb, TrackerCallback) and in_fit(self.learn) and cb.monitor not in self.metric_names[1:-1]:
+                raise ValueError(f'{type(cb).__name__} has the monitor {cb.monitor!r}, but must have one of '
+                                 f'{", ".join(self.metric_names[1:-1])}')
 
     def before_epoch(self):
         super().before_epoch()
@@ -75,11 +82,18 @@ class RunLog(Callback):
     ):
         # `n_done`: epochs that are written down; `sizes`: bytes of each file with them
         self.run_dir, self.n_done, self.sizes = Path(run_dir), 0, {}
-        self.run_dir.mkdir(parents=True, exist_ok=True)
+        try: self.run_dir.mkdir(parents=True, exist_ok=True)
+        except FileExistsError as e: raise FileExistsError(f'run_dir is {run_dir}, a file: name a folder') from e
 
     def before_fit(self):
+        "ValueError for metrics that the files have no place for"
         if 'accuracy' not in self.metrics.attrgot('name'):
             raise ValueError('RunLog writes the accuracy: give the Learner metrics=accuracy, or no run_dir')
+        now, path = ','.join(self.recorder.metric_names), self.run_dir/'history.csv'
+        with open(path) if path.exists() else StringIO() as f: then = f.readline().strip()
+        if then not in ('', now) and in_fit(self.learn):
+            raise ValueError(f'{path} has the columns {then}, but these would be {now}: take the metrics that it was '
+                             'begun with, or another run_dir')
 
     def after_train(self): self.last = self.learn.loss.item(), self.learn.iter
 
@@ -114,7 +128,8 @@ class RunLog(Callback):
             if type(size) is not int or size < 0:
                 raise ValueError(f'{p} cannot have had {size!r} bytes, as the checkpoint says: use another copy of it')
             if there[p] < size:
-                raise ValueError(f'{p} has {there[p]} bytes, but had {size} when the run stopped: put the file back, '
-                                 'or name a new folder')
+                now = f'has {there[p]} bytes' if p.exists() else 'is gone'
+                raise ValueError(f'{p} {now}, but had {size} bytes when the run stopped: put it back, or name a new '
+                                 'folder')
         for p, size in sizes.items():  # only now, when nothing is refused any more
             if there[p] > size: cut_file(p, size)

@@ -21,12 +21,12 @@ from .command import BadInput, RunFailed, plain_message, run_command
 from .cifar import load_cifar
 from .data import cifar_dls
 from .distill import Answers, ask, check_answers, check_teacher, packaged_answers
-from .environment import use_deterministic
+from .environment import get_device, use_deterministic
 from .facts import show_bars, shown
 from .files import naming, write_json
 from .interpret import plot_curves, plot_misclassified
 from .learner import check_batches, get_recipe, s9_learner
-from .run import (check_options, check_same_run, describe_run, get_device, keep_source, kept_source, new_run_dir,
+from .run import (check_options, check_same_run, describe_run, keep_source, kept_source, new_run_dir,
                            read_run, run_net, run_path)
 from .saved import newest_checkpoint
 from .signals import Stopped
@@ -52,6 +52,8 @@ def settle(
     return {**options, 'device': str(get_device(options['device']))}
 
 # %% ../nbs/10_train.ipynb #bde53354
+def _epochs(n): return f'{n} epoch{"s"*(n != 1)}'
+
 def _epochs_done(run_dir, epochs):
     "Epochs that are over; ValueError if they are more than `epochs`"
     found = newest_checkpoint(run_dir)
@@ -92,10 +94,11 @@ def _teacher(given, run_dir, dls, recipe):
     check_answers(answers, dls)  # before the folder is made
     return lambda: answers
 
-def _write_down(run_dir, now, answers, n_done):
+def _write_down(run_dir, now, answers, n_done, told):
     "What the run is, and what its teacher says; recipe.json comes last, since without one a folder counts as unused"
     if n_done == now['epochs']:
-        return print(f'{shown(run_dir)} has had its {n_done} epochs: nothing is left to train, but --epochs adds some')
+        print(f'{shown(run_dir)} has had its {_epochs(n_done)}: nothing is left to train, but --epochs adds some')
+        if n_done == told['epochs']: return
     if answers: answers.save(run_dir/'teacher.safetensors')
     write_json(run_dir/'recipe.json', now)
 
@@ -116,10 +119,10 @@ def prepare(
         if not run_dir: run_dir = new_run_dir(given['out'], options['name'])
         answers = teacher and teacher()
         now = describe_run(dls, recipe, options, answers)
-        if told: check_same_run(run_dir, told, now, given['force'])
+        if told: check_same_run(run_dir, told, now, given['force'], n_done == recipe.epochs)
         learn = s9_learner(dls, recipe, run_dir, options['save_every'], given['force'], answers)
         with naming(run_dir): learn.checkpoint.claim()  # before the first file is written, and until the fit ends
-        _write_down(run_dir, now, answers, n_done)
+        _write_down(run_dir, now, answers, n_done, told)
         keep_source(run_dir, dls.data_source)
         return learn, run_dir
     except (ValueError, OSError) as e: raise BadInput(str(e)) from e
@@ -161,7 +164,7 @@ def saying_how_to_go_on(
 
 # %% ../nbs/10_train.ipynb #ecfef6ac
 def s9_train(
-    data:str=None, # CIFAR-10: a folder, an archive or 'sample', 2,500 embedded images; searched for if not given
+    data:str=None, # CIFAR-10: a folder, an archive or 'sample', 2,500 embedded images; if not given: one is found
     recipe:str=None, # 'stated', 'logged', 'fast', 'best' or 'sample'; if not given: stated, or sample for that data
     teacher:str=None, # For --distill: a finished run's folder or a teacher.safetensors; if not given: the package's own
     seed:int=None, # Fixes weights, order, augmentation and dropout: 0 to 4294967295; 42 if not given
@@ -171,7 +174,7 @@ def s9_train(
     resume:str=None, # Folder of a run to resume, with the options that it had; a larger --epochs makes it longer
     force:bool=False, # With --resume: go on although settings, versions or the CPU have changed
     save_every:int=None, # Save after so many batches too: 1 to 999999; if not given: after each epoch only
-    deterministic:bool=False, # Only algorithms of torch that repeat to the bit, as all those of a CPU do
+    deterministic:bool=False, # Use only those algorithms of torch that repeat to the bit; on a CPU all do
     **overrides # Fields of the recipe, such as `epochs=3`
 ): # The trained `Learner`
     "Train the Net on CIFAR-10 and leave a run folder: recipe, log, history, checkpoints, weights and figures"
@@ -186,7 +189,8 @@ def s9_train(
         finish(learn, run_dir)
     acc = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))['valid_accuracy']
     images = 'held-out' if learn.recipe.held_out else 'test'
-    print(f'{images} accuracy {100*acc:.2f}% after {learn.recipe.epochs} epochs; the whole run is in {shown(run_dir)}')
+    n = _epochs(learn.recipe.epochs)
+    print(f'{images} accuracy {100*acc:.2f}% after {n}; the whole run is in {shown(run_dir)}')
     return learn
 
 # %% ../nbs/10_train.ipynb #6156b052

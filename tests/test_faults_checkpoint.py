@@ -192,9 +192,9 @@ def test_a_log_that_was_changed_by_hand(run, whole, fault, nm):  # noqa: F811
         do()
         before = contents(run)
         msg = message(CannotGoOn, mk(run).fit, 3)
-        size = path.stat().st_size if path.exists() else 0
-        assert f'has {size} bytes, but had {len(right)} when' in msg  # the digits of a loss, and so the sizes, differ with the number of threads
-        fault('checkpoints', f'{nm} {what}', msg.replace(f'has {size} bytes, but had {len(right)} when', 'has … bytes, but had … when'))
+        now = f'has {path.stat().st_size} bytes' if path.exists() else 'is gone'
+        assert f'{nm} {now}, but had {len(right)} bytes when the run stopped: put it back' in msg
+        fault('checkpoints', f'{nm} {what}', re.sub(r'\d+ bytes', '… bytes', msg))  # the digits of a loss differ with the number of threads
         assert contents(run) == before
     path.write_bytes(right + b'half a li')
     learn = mk(run, seed=9)

@@ -419,14 +419,16 @@ def test_the_command_with_a_rate_that_is_too_high(tmp_path, fault, here):
     assert code == 0 and 'lr 0.01 ' in out and 'lr was [999.0], is [0.01]' in err
 
 
-@pytest.mark.parametrize('sched, lrs', [('step', [0.01, 0.001, 0.0001]), ('none', [0.01]*3), ('plateau', [0.01]*3)])
+@pytest.mark.parametrize('sched, lrs', [('step', [0.05, 0.001, 0.0001]), ('none', [0.05, 0.01, 0.01]), ('plateau', [0.05, 0.01, 0.01]),
+                                        ('triangle', [0.05*0.25/0.8, 0.01*(1.25/3)/0.8, 0.01*(0.25/3)/0.8])])
 def test_what_is_forced_is_done(tmp_path, sched, lrs):
     "Rates, momentum, decay and steps that come back with the state give way to those of the Learner that goes on"
     recipe = dict(n_channels=4, compute='plain', sched=sched)
-    mk(tmp_path, recipe=get_recipe(**recipe, step_size=2)).fit(1)
-    learn = mk(tmp_path, recipe=get_recipe(**recipe, step_size=1, gamma=0.1, mom=0.5, lr=0.01, wd=0.1), force=True)
+    then, now = (dict(step_size=2), dict(step_size=1, gamma=0.1)) if sched == 'step' else ({}, {})
+    mk(tmp_path, recipe=get_recipe(**recipe, **then)).fit(1)
+    learn = mk(tmp_path, recipe=get_recipe(**recipe, **now, mom=0.5, lr=0.01, wd=0.1), force=True)
     with pytest.warns(UserWarning, match='goes on with changed settings'): learn.fit(3)
-    np.testing.assert_allclose([o[-1] for o in learn.recorder.values], [0.05, *lrs[1:]])
+    np.testing.assert_allclose([o[-1] for o in learn.recorder.values], lrs)
     hypers = learn.opt.hypers[0]
     assert (hypers['mom'], hypers['wd'], learn.n_epoch) == (0.5, 0.1, 3)
     np.testing.assert_allclose(hypers['lr'], lrs[-1])

@@ -275,6 +275,27 @@ def test_a_complete_run_is_left_as_it_is(tmp_path, capsys):
     assert 'going on from the end of epoch 3' in capsys.readouterr().out
 
 
+def test_a_fit_that_is_killed_after_its_last_epoch(tmp_path, monkeypatch):
+    "All is saved but the word that it is complete, which comes later, and stands behind the last epoch"
+    def save(self, place, done=False, save=Checkpoint.save):
+        if done: raise SystemError('gone')
+        save(self, place)
+    with monkeypatch.context() as m:
+        m.setattr(Checkpoint, 'save', save)
+        with pytest.raises(SystemError): fit3(plain_learner(tmp_path/'run'))
+    for _ in range(2): fit3(plain_learner(tmp_path/'run', seed=5))
+    assert {p.name.split('-train')[0] for p in (tmp_path/'run'/'checkpoints').glob('*.safetensors')} <= {'00-00002', '00-00003'}
+    state, _ = newest_checkpoint(tmp_path/'run')
+    assert (state['done'], state['place']) == (True, Place(3, 'train', 0))
+
+
+def test_a_forced_fit_with_nothing_left_to_train_changes_nothing(tmp_path):
+    fit3(plain_learner(tmp_path/'run'))
+    files = {p: p.read_bytes() for p in (tmp_path/'run').rglob('*') if p.is_file()}
+    with pytest.warns(UserWarning, match='goes on with changed settings'): plain_learner(tmp_path/'run', force=True).fit(3, 0.2)
+    assert {p: p.read_bytes() for p in (tmp_path/'run').rglob('*') if p.is_file()} == files
+
+
 def test_a_step_schedule_can_be_made_longer(tmp_path):
     learn = plain_learner(tmp_path/'a'/'run')
     learn.fit(4, 0.1)

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 
 from s9_fastai.learner import RECIPES, Recipe
 from s9_fastai.net import Net
+from s9_fastai.state import read_tensors
 from s9_fastai.train import BadInput, main_train, s9_train
 
 bin = Path(sys.executable).parent
@@ -164,7 +165,33 @@ def test_a_change_is_refused_or_forced_with_a_warning(runs, two):
 def test_a_run_without_its_history_is_refused(two):
     (two/'history.csv').unlink()
     done = command('s9_train', '--resume', two, '--epochs', 3)
-    assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'history.csv' in done.stderr and 'put the file back' in done.stderr
+    assert done.returncode == 2 and done.stderr.count('\n') == 1 and 'history.csv' in done.stderr and 'is gone, but had' in done.stderr and 'put it back' in done.stderr
+
+
+def test_a_triangle_is_made_longer_by_force_alone(tmp_path):
+    "Its rates would have been others from the first batch on, and what is refused leaves the run as it was"
+    made = command('s9_train', '--data', 'sample', '--recipe', 'fast', '--epochs', 2, '--bs', 500, '--n-channels', 4, '--out', 'run', cwd=tmp_path)
+    assert made.returncode == 0
+    before = result(tmp_path/'run')
+    done = command('s9_train', '--resume', 'run', '--epochs', 4, cwd=tmp_path)
+    assert done.returncode == 2 and 'epochs was 2, is 4. Set them back' in done.stderr and result(tmp_path/'run') == before
+    assert command('s9_train', '--resume', 'run', cwd=tmp_path).returncode == 0 and result(tmp_path/'run') == before
+    done = command('s9_train', '--resume', 'run', '--epochs', 4, '--force', cwd=tmp_path)
+    rates = [h['lr'] for h in result(tmp_path/'run')['history']]
+    assert done.returncode == 0 and all(o > 0 for o in rates)
+    assert rates[2:] == pytest.approx([0.3*(1 - pct)/0.8 for pct in (2.75/4, 3.75/4)])
+
+
+def test_a_run_ends_where_it_is_told_to_end(two):
+    "Killed in its third epoch, and then content with two"
+    recipe, weights = two/'recipe.json', load_file(two/'weights.safetensors')
+    recipe.write_text(json.dumps({**json.loads(recipe.read_text()), 'epochs': 3}))
+    (two/'weights.safetensors').unlink()
+    done = command('s9_train', '--resume', two, '--epochs', 2)
+    assert (done.returncode, done.stderr) == (0, '') and 'has had its 2 epochs' in done.stdout
+    told, about = json.loads(recipe.read_text()), read_tensors(two/'weights.safetensors')[1]
+    assert told['epochs'] == json.loads(about['recipe'])['epochs'] == 2
+    for k, v in load_file(two/'weights.safetensors').items(): assert v.equal(weights[k])
 
 
 def test_a_rate_that_is_too_high_ends_in_one_line(tmp_path):
@@ -178,6 +205,12 @@ def test_a_name_that_is_no_text_in_a_terminal_that_knows_ascii_alone(tmp_path):
     env = {**os.environ, 'LC_ALL': 'C', 'PYTHONCOERCECLOCALE': '0', 'PYTHONUTF8': '0'}
     done = subprocess.run([bin/'s9_train', '--data', 'sample', '--out', b'\xff', '--recipe', 'ü'], capture_output=True, cwd=tmp_path, env=env)
     assert done.returncode == 2 and done.stderr.count(b'\n') == 1 and done.stderr.isascii() and done.stdout == b''
+
+
+@pytest.mark.skipif(os.name == 'nt', reason='needs a shell of POSIX')
+def test_a_command_whose_reader_has_gone():
+    done = subprocess.run(['bash', '-c', f'{bin}/s9_summary | true; echo ${{PIPESTATUS[0]}}'], capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ('141\n', '')
 
 
 def test_summary_prints_the_table():
