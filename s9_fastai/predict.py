@@ -20,6 +20,7 @@ def class_probabilities(
 )->list: # (N, 10) probabilities, by class name
     """What a Net makes of `images`, as `Mirrored`; a ValueError or OSError that names the one that cannot be read, and
     as `run_net`"""
+    if not images: raise ValueError('no image: name one or more files')
     dls = cifar_dls('sample', policy='none', device='cpu')
     learn = s9_learner(dls, get_recipe(compute='plain'), pretrained=run is None)
     learn.model = Mirrored(learn.model if run is None else run_net(run_path(run, 'run')))
@@ -28,12 +29,11 @@ def class_probabilities(
 
 # %% ../nbs/10_predict.ipynb #ed205293
 def s9_predict(
-    *images:str, # Image files of any usual kind and size: the middle square is seen, in 32x32 pixels
+    *images:str, # Image files of any usual kind and size: the middle square is seen, in 32x32 pixels, on white
     top:int=3, # Classes to name for each: 1 to 10
     run:str=None, # Folder of a finished run of s9_train; if not given: the weights that come with the package
 ): # Probabilities of each image, by class name
     "Say which of CIFAR-10's ten classes the images show, with the weights of a run or those of the package"
-    if not images: raise BadInput('no image: name one or more files')
     if not 1 <= top <= len(CLASSES): raise BadInput(f'top is {top}, but must be 1 to {len(CLASSES)}')
     try: found = class_probabilities([*images], run)
     except (ValueError, OSError) as e: raise BadInput(str(e)) from e

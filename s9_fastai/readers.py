@@ -27,7 +27,9 @@ class CifarReader(Transform):
     "What the two readers share: the data, which is left out of a pickle and found again through its source"
     def __init__(self,
         data:Cifar10, # Both splits; an index counts through the training images, then the test images
-    ): self.source, self.identity, self._data = data.source, self.identify(data), data
+    ):
+        self.source = data.source if data.source == 'sample' else os.path.abspath(data.source)
+        self.identity, self._data = self.identify(data), data
 
     def identify(self, data): return data.key, len(data.train.labels), len(data.test.labels)
 
@@ -41,8 +43,11 @@ class CifarReader(Transform):
         return self._data
 
     def look_up(self, idx):
-        "The image, a view, and the label of number `idx`"
+        "The image, a view, and the label of number `idx`; an IndexError if there is none"
         train, test = self.data.train, self.data.test
+        total = len(train.labels) + len(test.labels)
+        if not 0 <= idx < total:
+            raise IndexError(f'there is no image {idx}: give a number from 0 to {total - 1}')
         split, i = (train, idx) if idx < len(train.labels) else (test, idx - len(train.labels))
         return split.images[i], split.labels[i]
 
@@ -72,6 +77,8 @@ class ImageReader(CifarReader):
         with warnings.catch_warnings():  # PIL only warns of what is large, up to twice its limit
             warnings.simplefilter('error', Image.DecompressionBombWarning)
             try: im = Image.open(path)
+            except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
+                raise ValueError(f'{shown(path)}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller') from e
             except Exception as e: raise self.unreadable(path, e) from e
         with im: return self.to_rgb(im, path)
 
@@ -81,8 +88,14 @@ class ImageReader(CifarReader):
             raise ValueError(f'{shown(name)}: mode {im.mode}, whose white is not known; scale it to 0..255, as uint8')
         try:  # 16 bits: PIL's convert would cut at 255, so that all but the darkest pixels are white
             if im.mode.startswith('I;16'): im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8))
-            return im.convert('RGB')
+            return self.on_white(ImageOps.exif_transpose(im)).convert('RGB')  # phones store photos as the sensor lay
         except Exception as e: raise self.unreadable(name, e) from e
+
+    def on_white(self, im):
+        "`im` as it looks on white paper; what is transparent may have any colour, mostly black"
+        if 'A' not in im.getbands() and 'transparency' not in im.info: return im
+        im = im.convert('RGBA')
+        return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
 
     def unreadable(self, name, e):  # PIL's readers raise many types of errors
         return ValueError(f'{shown(name)}: cannot be read as an image ({one_line(e)}); give a sound one of usual size')
