@@ -39,6 +39,8 @@ class WeightAverage(Callback):
         if avgs[0].is_floating_point(): return torch._foreach_lerp_(avgs, news, weight)
         for avg, new in zip(avgs, news): avg.copy_(new)  # a counter
 
+    def __getstate__(self): return {**super().__getstate__(), 'avg': None}  # an export has the averages in its model
+
     @property
     def is_on(self): return in_fit(self.learn) and self.avg is not None  # none yet where another callback cancels
 

@@ -7,7 +7,7 @@ __all__ = ['BadInput', 'RunFailed', 'plain_message', 'in_one_line', 'complain', 
            'command_parser', 'parsed_options', 'run_command']
 
 # %% ../nbs/09_command.ipynb #b816bf30
-import re, sys, warnings
+import os, re, sys, warnings
 from argparse import ArgumentTypeError
 from contextlib import contextmanager
 from dataclasses import fields
@@ -68,7 +68,7 @@ def recipe_options(
 ):
     "Options for the fields of the recipe, with the comments that stand there"
     docs = docments(Recipe)
-    group = parser.add_argument_group("fields of the recipe; if not given, its own value [in brackets that of stated]")
+    group = parser.add_argument_group("fields of the recipe; not given: its own value [in brackets: that of stated]")
     for f in fields(Recipe):
         if names is None or f.name in names:
             group.add_argument(f'--{f.name.replace("_", "-")}', type=f.type, metavar=f'({f.type.__name__})',
@@ -108,6 +108,11 @@ def parsed_options(
     return args
 
 # %% ../nbs/09_command.ipynb #32e7db5b
+def _leave_quietly():
+    "End as a command does whose reader has gone, such as `head`"
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python flushes once more at its end
+    raise SystemExit(141)  # 128 and SIGPIPE
+
 def run_command(
     func, # Its parameters and their comments are the options
     names=None, # Fields of the recipe that are options too; None: all
@@ -120,6 +125,8 @@ def run_command(
     rest = next((args.pop(k) for k, o in signature(func).parameters.items() if o.kind is o.VAR_POSITIONAL), ())
     try:
         with warnings_in_one_line(p.prog): func(*rest, **args)
+        sys.stdout.flush()  # here, where it can be told if nobody reads any more
+    except BrokenPipeError: _leave_quietly()
     except BadInput as e: complain(p.prog, e)
     except RunFailed as e: complain(p.prog, e, 1)
     except Stopped as e: complain(p.prog, e, 128 + e.signum)

@@ -16,7 +16,7 @@ from fastai.callback.core import Callback
 from fastprogress.fastprogress import progress_bar
 
 from .data import KeyedDL
-from .facts import MEAN, STD, show_bars, shown
+from .facts import MEAN, STD, read_errors, show_bars, shown
 from .fits import in_fit
 from .mirror import Mirrored
 from .state import checksum, read_tensors, write_tensors
@@ -46,8 +46,8 @@ class Answers:
     def load(cls,
         path, # From `save`; errors as `read_tensors`
     ):
-        "The answers in the file `path`; a ValueError too for a file of something else"
-        tensors, about = read_tensors(path)
+        "The answers in the file `path`; a ValueError too for a file of something else, an OSError that names `path`"
+        with read_errors(path): tensors, about = read_tensors(path)
         about = {k: v for k, v in about.items() if k in ('data_key', 'held_out')}  # a stranger's may have any
         try: return cls(tensors['logits'], **about)
         except (KeyError, ValueError) as e:
@@ -81,7 +81,8 @@ def check_teacher(
 ):
     "A ValueError where a teacher of other images would teach, or one that has seen what is held out"
     if about.get('data_key') != getattr(dls, 'data_key', None):
-        raise ValueError(f'{shown(where)}: a teacher of other images than these: take one trained on the same data')
+        raise ValueError(f'{shown(where)}: a teacher of other images than these: take one trained on the same data, '
+                         'with --teacher RUN')
     held_out = getattr(dls, 'held_out', 0)  # loaders that `cifar_dls` did not make hold out none that it knows of
     if held_out and about.get('held_out') != str(held_out):
         raise ValueError(f'{shown(where)}: this teacher was trained with held_out {about.get("held_out")}, so it has '

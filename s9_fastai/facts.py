@@ -50,7 +50,7 @@ def one_line(
     e:Exception # Any error
 ) -> str: # Such as `KeyError: 'data'`
     "The type and the first line of `e`"
-    return shown(f'{type(e).__name__}: {e}'.split('\n')[0])
+    return shown(f'{type(e).__name__}: {e}'.split('\n')[0].rstrip(': '))
 
 # %% ../nbs/00_facts.ipynb #2c6742a8
 @contextmanager

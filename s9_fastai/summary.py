@@ -79,7 +79,7 @@ class Row(NamedTuple):
     type:str # Its class
     shape:tuple|None # Shape of its (first) output tensor for a batch of one; None if there is no tensor
     params:int # Parameters of its own that no earlier row has counted
-    macs:int # Multiply-accumulates of its own
+    macs:int # Multiply-accumulates of its own convolutions and linear layers; no others are counted
     field:tuple|None # Receptive field in pixels, one number for each axis of the input; None if it cannot be followed
 
 def _tensors(o):

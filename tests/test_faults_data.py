@@ -471,7 +471,7 @@ def test_an_archive_of_something_else(tmp_path, refusal, fault):
     assert 'train: out of place, allowed is train/<class>/<n>_<class>.png; move or remove it' in message
     (tmp_path/'cifar100'/'train').rename(tmp_path/'cifar100'/'fine_train')
     message = refusal(tar_of(tmp_path/'cifar100', tmp_path/'a.tgz'))
-    assert 'a.tgz: no CIFAR-10 in this archive; it must hold train/ and test/, or test_batch' in message
+    assert 'a.tgz: no CIFAR-10 in this archive; it must hold train/ and test/, or data_batch_1, ' in message
     fault('archives', 'an archive of something else', message)
 
 
