@@ -61,7 +61,7 @@ def legend(fig, lines):
     who = [Line2D([], [], color=c, marker=m, label=nm) for k, (nm, c, m) in LOOKS.items() if k in seen]
     ways = {o['settings']['contestant'].partition('-')[2] for o in lines}
     how = [Line2D([], [], color='k', ls=STYLES[k], label=nm) for k, nm in
-           (('2', 'right: 2 workers'), ('plain', 'right: plain compute')) if k in ways]
+           (('2', 'right panel, dashed: 2 workers'), ('plain', 'right: plain compute')) if k in ways]
     fig.legend(handles=who + how, loc='outside upper center', ncols=4, frameon=False, fontsize=9)
 
 

@@ -29,7 +29,7 @@ def class_probabilities(
 
 # %% ../nbs/10_predict.ipynb #ed205293
 def s9_predict(
-    *images:str, # Image files of any usual kind and size: the middle square is seen, in 32x32 pixels, on white
+    *images:str, # Image files of any usual kind and size: the middle square is seen, in 32x32 pixels
     top:int=3, # Classes to name for each: 1 to 10
     run:str=None, # Folder of a finished run of s9_train; if not given: the weights that come with the package
 ): # Probabilities of each image, by class name

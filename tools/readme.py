@@ -1,4 +1,5 @@
-"""README.md is nbs/index.ipynb as Markdown: hidden cells and directives left out, pictures beside it in nbs/images.
+"""README.md is nbs/index.ipynb as Markdown: hidden cells and directives left out, pictures beside it in nbs/images,
+with the words of `#| fig-alt: ...` for those who cannot see them.
 
     python tools/readme.py            write README.md
     python tools/readme.py --check    exit with 1 if README.md is not what the notebook gives
@@ -21,6 +22,7 @@ def shown(cells):
         if 'hide' in directives: continue
         c.source = c.source[len(lines):]
         c.metadata['transient'] = {'remove_source': 'hide_input' in directives}
+        c.metadata['alt'] = re.findall(r'fig-alt: (.+)', lines)
         if c.source: yield c
 
 
@@ -29,7 +31,8 @@ def render():
     nb = nbformat.read(root/'nbs'/'index.ipynb', as_version=4)
     nb.cells = list(shown(nb.cells))
     text, resources = MarkdownExporter().from_notebook_node(nb, {'unique_key': 'readme', 'output_files_dir': 'nbs/images'})
-    text = text.replace('](images/', '](nbs/images/')  # the notebook's own pictures, seen from here
+    for alt in sum((c.metadata['alt'] for c in nb.cells), []): text = text.replace('![png]', f'![{alt}]', 1)
+    text = re.sub(r'\]\((?=images/|\w+\.ipynb)', '](nbs/', text).replace('](../', '](')  # links, seen from here
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', resources['outputs']
 
 

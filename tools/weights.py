@@ -1,6 +1,7 @@
 """The weights that come with the package, and their model card, from a run of `benchmarks/accuracy.py`.
 
     python tools/weights.py NAME SEED    take the weights of that run; measure them with benchmarks/robustness.py
+                                         (then run 05_mirror, 10_predict, 20_tour and 23_evidence, which show what they see)
     python tools/weights.py --card       write the card anew from benchmarks/results
     python tools/weights.py --check      exit with 1 if the card is not what the results say of these weights
 """
@@ -10,6 +11,7 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
+from s9_fastai.facts import MEAN, STD
 from s9_fastai.learner import Recipe
 from s9_fastai.net import Net
 from s9_fastai.run import read_run, run_net
@@ -46,6 +48,8 @@ A `Net` of {parameters:,} parameters, float32, for `Net.pretrained()`, `s9_learn
 These are the weights of seed {seed}, which was not chosen by its accuracy.
 
 - **Data.** The 50,000 training images of CIFAR-10 (Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009), all of them; no other images. {teacher}The recipe was chosen on 5,000 of them that were held out.
+- **Input.** RGB images as floats (B, 3, 32, 32): pixels from 0 to 1, less the mean {mean_rgb}, divided by {std_rgb}.
+- **Output.** Logits (B, 10), in the order of the table by class.
 - **Recipe.** {result}: {epochs} epochs; where it differs from the experiment's recipe: {changed}. `{command}` at commit `{commit}` trains it again.
 - **Hardware.** {cpu}, {cores} cores; torch {torch}, fastai {fastai}.
 
@@ -67,7 +71,7 @@ Made on the fly by `benchmarks/robustness.py`, with the strengths of CIFAR-10-C 
 - Trained on 32x32 pixels. A photograph is cut to its middle square and made that small first; what is not in the middle is not seen.
 - Noise, blur, low contrast and JPEG compression cost accuracy, as the table shows. It was not trained against them.
 - CIFAR-10's images were collected from the web, by search words, before 2009. What is rare there is rare here.
-- For teaching and experiments. Not for decisions about people or safety.
+- For teaching and experiments. Not for decisions about people or safety. MIT licence, as the package.
 """
 
 
@@ -94,10 +98,10 @@ def card():
     _, about = read_tensors(data/'net.safetensors')
     acc = newest('accuracy', about['result'], recipe=json.loads(about['recipe']))  # a recipe may change and keep its name
     rob = newest('robustness', 'net.safetensors')
-    changed = ', '.join(f'{k} {v}' for k, v in acc['recipe'].items() if getattr(Recipe(), k) != v)
+    changed = ', '.join(f'{k} {v}' for k, v in acc['recipe'].items() if k != 'epochs' and getattr(Recipe(), k) != v)
     facts = {**acc, **acc['hardware'], **acc['versions'], **about, **tables(rob)}
     return TEXT.format(**{
-        **facts, 'parameters': sum(p.numel() for p in Net().parameters()), 'correct': rob['correct'], 'mirrored': rob['mirrored'], 'changed': changed,
+        **facts, 'parameters': sum(p.numel() for p in Net().parameters()), 'correct': rob['correct'], 'mirrored': rob['mirrored'], 'changed': changed, 'mean_rgb': MEAN, 'std_rgb': STD,
         'teacher': teacher(acc['recipe']), 'n_test': rob['n_test'], 'part': rob['correct']/rob['n_test'], 'seeds': ', '.join(map(str, acc['seeds'])),
         'spread': f', standard deviation {acc["std"]:.2f}' if acc['std'] else ''})
 
