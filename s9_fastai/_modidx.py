@@ -295,6 +295,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                  's9_fastai.files.append_text': ('files.html#append_text', 's9_fastai/files.py'),
                                  's9_fastai.files.cut_file': ('files.html#cut_file', 's9_fastai/files.py'),
                                  's9_fastai.files.naming': ('files.html#naming', 's9_fastai/files.py'),
+                                 's9_fastai.files.remove_abandoned': ('files.html#remove_abandoned', 's9_fastai/files.py'),
                                  's9_fastai.files.remove_leftovers': ('files.html#remove_leftovers', 's9_fastai/files.py'),
                                  's9_fastai.files.replacing': ('files.html#replacing', 's9_fastai/files.py'),
                                  's9_fastai.files.sync_folder': ('files.html#sync_folder', 's9_fastai/files.py'),

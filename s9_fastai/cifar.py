@@ -22,6 +22,7 @@ from fastprogress.fastprogress import progress_bar
 
 from .archives import check_python
 from .facts import CLASSES, MEAN, SPLITS, STD, Cifar10, Split, is_there, one_line, read_errors, show_bars, shown
+from .files import remove_abandoned
 from .layouts import folder_files, read_source
 
 _all_ = ['CLASSES', 'MEAN', 'STD', 'Split', 'Cifar10']  # the facts, for whoever imports this room
@@ -140,6 +141,7 @@ def load_cached(
                     warnings.warn(f'{e}; it is made again from {shown(src)}')
                     remove_entry(dst)
             cache_dir.mkdir(parents=True, exist_ok=True)
+            remove_abandoned(cache_dir, 'building-')
             TemporaryDirectory(dir=cache_dir, prefix='building-').cleanup()
         splits = splits or read_source(src, progress)
         with cache_errors(cache_dir): build_entry(splits, dst)
@@ -196,6 +198,7 @@ def download(
     try:
         check_python(arch)
         arch.parent.mkdir(parents=True, exist_ok=True)
+        remove_abandoned(arch.parent, 'downloading-')
         with TemporaryDirectory(dir=arch.parent, prefix='downloading-') as tmp:
             new = Path(tmp)/arch.name
             fetch(URLs.CIFAR, new, progress)

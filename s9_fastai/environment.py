@@ -50,10 +50,10 @@ def changes(
 
 # %% ../nbs/00_environment.ipynb #e661f9a7
 def get_device(
-    name=None, # 'cpu', 'cuda', 'cuda:1', 'mps' or a `torch.device`; None: fastai's default
+    name=None, # 'cpu', 'cuda', 'cuda:1', 'mps'; a `torch.device` is taken as it is; None: fastai's default
 )->torch.device:
     "The device called `name`; ValueError where there is none of that name on this machine"
-    if name is None: return default_device()
+    if name is None or isinstance(name, torch.device): return default_device() if name is None else name
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # names that torch once had

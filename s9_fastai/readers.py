@@ -6,7 +6,7 @@
 __all__ = ['ImageArray', 'CifarReader', 'ImageReader', 'LabelReader']
 
 # %% ../nbs/04_readers.ipynb #b64049bf
-import os, warnings
+import os, re, warnings
 from pathlib import Path
 
 import numpy as np, torch
@@ -78,7 +78,9 @@ class ImageReader(CifarReader):
             warnings.simplefilter('error', Image.DecompressionBombWarning)
             try: im = Image.open(path)
             except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
-                raise ValueError(f'{shown(path)}: more than {Image.MAX_IMAGE_PIXELS:,} pixels; make it smaller') from e
+                n, *_ = re.findall(r'\d+', str(e)) or ['too many']
+                most = f'at most {Image.MAX_IMAGE_PIXELS} are allowed'
+                raise ValueError(f'{shown(path)}: {n} pixels, {most}; make it smaller') from e
             except Exception as e: raise self.unreadable(path, e) from e
         with im: return self.to_rgb(im, path)
 

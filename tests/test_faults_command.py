@@ -288,10 +288,10 @@ def content(folder): return {p: p.read_bytes() for p in Path(folder).rglob('*') 
 
 
 changed = {  # fault: options, and what the message says
-    'settings that have changed since the run stopped': ('--lr 0.1', 'settings have changed since the run stopped: lr was 0.05, is 0.1. Set them back, start'),
+    'settings that have changed since the run stopped': ('--lr 0.1 --epochs 3', 'settings have changed since the run stopped: lr was 0.05, is 0.1. Set them back, start'),
     'another seed': ('--seed 7 --epochs 3', 'settings have changed since the run stopped: seed was 42, is 7. Set them back'),
     'other batches': ('--bs 250', 'bs was 500, is 250'),
-    'other images': ('--data others', 'the images of sample are not those of others. Set them back'),
+    'other images': ('--data others --epochs 3', 'the images of sample are not those of others. Set them back'),
     'a change when nothing is left to train': ('--lr 0.1 --force', 'lr was 0.05, is 0.1. It has had its epochs, so they would change nothing: set them back, or add --epochs'),
     'another Net': ('--n-channels 6 --force', 'n_channels was 4, is 6. Set them back or start a new run: what this one has saved does not fit'),
     'fewer epochs than the run has had': ('--epochs 1', 'has had 2: give as many or more, or start a new run'),

@@ -55,9 +55,9 @@ def test_a_learner_begins_with_them():
     with learn.no_bar(): assert learn.validate()[1] > 0.75  # 500 images of the test set
 
 
-@pytest.mark.parametrize('kw', [dict(n_channels=8), dict(norm='gn')])
-def test_another_architecture_is_refused(kw):
-    with pytest.raises(ValueError, match='net.safetensors: .* this model has .* build the model that they are of'):
+@pytest.mark.parametrize('kw, msg', [(dict(n_channels=8), "8 and 'bn'"), (dict(norm='gn'), "38 and 'gn'")])
+def test_another_architecture_is_refused(kw, msg):
+    with pytest.raises(ValueError, match=f"are of n_channels=38 and norm='bn', but the recipe has {msg}: leave these or pretrained out"):
         s9_learner(cifar_dls('sample', device='cpu'), get_recipe(**kw), pretrained=True)
 
 
