@@ -156,7 +156,16 @@ def check_batches(
         raise ValueError(f'bs is {bs}, so that a batch of the {n} training images has only 1 image, of which batch '
                          f"norm can make nothing: take another bs, such as {bs + 1}, or norm='gn'")
 
-# %% ../nbs/08_learner.ipynb #38d82414
+# %% ../nbs/08_learner.ipynb #591c7f7b
+class NoNormDecay(Callback):
+    "Keeps weight decay off the scales of group norm, as fastai does with those of batch norm, which are all it knows"
+    def before_fit(self):
+        if not isinstance(self.opt, Optimizer): return  # an `OptimWrapper` leaves it to torch, what decays
+        for m in self.model.modules():
+            if isinstance(m, nn.GroupNorm):
+                for p in m.parameters(): self.opt.state[p]['do_wd'] = False
+
+# %% ../nbs/08_learner.ipynb #e382fbde
 def _check_call(dls, kwargs, run_dir, save_every, force):
     "A ValueError for what belongs elsewhere, with the call that was meant"
     if not isinstance(dls, DataLoaders):
@@ -173,15 +182,7 @@ def _warn_of_loaders(dls, recipe):
     asked = {k: v for k, v in vars(recipe).items() if k in have and v != getattr(own, k)}
     if wrong := [k for k, v in asked.items() if isinstance(have[k], type(v)) and have[k] != v]:
         call, there = (', '.join(f'{k}={o[k]!r}' for k in wrong) for o in (asked, have))
-        warnings.warn(f'the recipe has {call}, but these loaders have {there}: give cifar_dls the same')
-
-class NoNormDecay(Callback):
-    "Keeps weight decay off the scales of group norm, as fastai does with those of batch norm, which are all it knows"
-    def before_fit(self):
-        if not isinstance(self.opt, Optimizer): return  # an `OptimWrapper` leaves it to torch, what decays
-        for m in self.model.modules():
-            if isinstance(m, nn.GroupNorm):
-                for p in m.parameters(): self.opt.state[p]['do_wd'] = False
+        warnings.warn(f'the recipe has {call}, but these loaders have {there}: give cifar_dls the same', stacklevel=3)
 
 def _net(recipe, pretrained):
     if not pretrained: return recipe.net()
@@ -190,6 +191,7 @@ def _net(recipe, pretrained):
     raise ValueError(f'the pretrained weights are of n_channels={own.n_channels} and norm={own.norm!r}, but the recipe '
                      f'has {n} and {norm!r}: leave these or pretrained out')
 
+# %% ../nbs/08_learner.ipynb #38d82414
 def s9_learner(
     dls:DataLoaders, # From `cifar_dls`
     recipe='stated', # Name of a recipe, or a `Recipe`; its `bs`, `policy`, `augment` and `held_out` are for `cifar_dls`
@@ -200,7 +202,8 @@ def s9_learner(
     pretrained:bool=False, # Begin with the weights that come with the package? A ValueError if they do not fit
     **kwargs # For `Learner`, such as `cbs` or `path`, or `opt_func` in place of the recipe's
 )->Learner:
-    "A `Learner` that follows `recipe` on `dls`: `learn.fit(100)` is the experiment, or the rest of it"
+    """A `Learner` that follows `recipe` on `dls`: `learn.fit(100)` is the experiment, or the rest of it. ValueError for
+    what does not go together; a UserWarning where `cifar_dls` made other loaders than the recipe asks for"""
     recipe = get_recipe(recipe)
     _check_call(dls, kwargs, run_dir, save_every, force)
     check_batches(dls, recipe)
@@ -211,7 +214,7 @@ def s9_learner(
     learn.recipe = recipe
     learn.remove_cb(learn.recorder)
     more = [*recipe.scheduler(), *recipe.distill_cbs(dls, answers), *recipe.average_cbs(), FiniteLoss()]
-    if recipe.wd and recipe.norm != 'bn': more.append(NoNormDecay())
+    if recipe.norm != 'bn': more.append(NoNormDecay())
     if run_dir is not None:
         run_dir = given_path(run_dir, 'run_dir')
         more += [Checkpoint(run_dir, save_every, force), RunLog(run_dir)]
