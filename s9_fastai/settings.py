@@ -41,7 +41,8 @@ def describe_callback(
     args = _plain(', '.join(f'{k}={v}' for k, v in kept.items()))
     return f'{cb.name}({args})' if args else cb.name
 
-_bystanders = ('checkpoint', 'finite_loss', 'run_log', 'skip_to')  # callbacks of ours that change no result
+# callbacks of ours that change no result, and one that the recipe's `norm` brings along
+_bystanders = ('checkpoint', 'finite_loss', 'run_log', 'skip_to', 'no_norm_decay')
 
 def fit_settings(
     learn:Learner, # In `before_fit`
