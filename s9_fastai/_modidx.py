@@ -472,6 +472,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                's9_fastai.run._is_unused': ('run.html#_is_unused', 's9_fastai/run.py'),
                                's9_fastai.run._make': ('run.html#_make', 's9_fastai/run.py'),
                                's9_fastai.run._read': ('run.html#_read', 's9_fastai/run.py'),
+                               's9_fastai.run._recipe': ('run.html#_recipe', 's9_fastai/run.py'),
                                's9_fastai.run.check_options': ('run.html#check_options', 's9_fastai/run.py'),
                                's9_fastai.run.check_same_run': ('run.html#check_same_run', 's9_fastai/run.py'),
                                's9_fastai.run.describe_run': ('run.html#describe_run', 's9_fastai/run.py'),

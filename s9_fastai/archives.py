@@ -57,12 +57,12 @@ class SoundHeader(tarfile.TarInfo):
 def check_top(
     name:str, # A member of the archive
     parts:tuple, # Its place in the layout
-    tops:set # Folders in which CIFAR-10 was found so far
+    before:str|None # The folder above the members so far; None: this is the first
 ) -> str: # The folder above `parts`
-    "Where the layout of `name` begins; `Refused` if others were found in another place, which they would replace"
+    "Where the layout of `name` begins; `Refused` if it is not where it began before, since one would hide the other"
     top = '/'.join(PurePosixPath(name).parts[:-len(parts)]) or 'the top'
-    if not tops or top in tops: return top
-    raise Refused(f'CIFAR-10 is in {shown(min(tops))} and in {shown(top)}; unpack it and give one of them')
+    if before in (None, top): return top
+    raise Refused(f'CIFAR-10 is in {shown(before)} and in {shown(top)}; unpack it and give one of them')
 
 def archive_files(
     path:Path, # A tar archive in one of the two layouts, compressed or not
@@ -70,17 +70,17 @@ def archive_files(
 ) -> dict: # Place in the layout -> content, `None` for a folder
     "The visible files of the layout in the archive `path`; `ValueError` for a damaged archive or an unsafe member"
     check_python(path)
-    files, tops, left = {}, set(), room
+    files, top, left = {}, None, room
     with open(path, 'rb') as f:
         try:
             with tarfile.open(fileobj=f, mode='r:*', tarinfo=SoundHeader) as tf:
                 for m in tf:
                     parts, left = layout_parts(safe_member(m)), left - 2**10
                     if parts: check_size(m.name, parts, m.size)
+                    if parts: top = check_top(m.name, parts, top)
                     if parts and m.isfile(): left -= m.size
                     if left < 0: raise Refused(f'more than {room} bytes of members; unpack it and give the folder')
                     if parts: files[parts] = tf.extractfile(m).read() if m.isfile() else None
-                    if parts: tops.add(check_top(m.name, parts, tops))
                 while tf.fileobj.read(2**20): pass  # up to the end, where gzip compares its checksum
         except Refused as e: raise ValueError(f'{shown(path)}: {e}') from e
         except Exception as e:  # tarfile's errors, and those of whatever decompressor it chose

@@ -132,7 +132,8 @@ def check(self:Checkpoint,
 ):
     "`CannotGoOn` that names the settings that have changed since `state`; with `force` a UserWarning"
     found, is_last = changes(state['fits'][self.n_fits], self.fits[-1]), len(state['fits']) == len(self.fits)
-    if is_last and self.learn.n_epoch >= state['place'].epoch and not stretches(self.learn): found.pop('n_epoch', None)
+    if is_last and self.learn.n_epoch >= state['place'].epoch and not stretches(self.learn.cbs):
+        found.pop('n_epoch', None)
     changed = '; '.join(found.values())
     if changed and not self.force:
         raise CannotGoOn(f'{self.run_dir}: settings have changed since the run stopped: {changed}. Set them back, name '

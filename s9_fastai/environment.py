@@ -53,7 +53,8 @@ def get_device(
     name=None, # 'cpu', 'cuda', 'cuda:1', 'mps'; a `torch.device` is taken as it is; None: fastai's default
 )->torch.device:
     "The device called `name`; ValueError where there is none of that name on this machine"
-    if name is None or isinstance(name, torch.device): return default_device() if name is None else name
+    if name is None: return default_device()
+    if isinstance(name, torch.device): return name
     try:
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # names that torch once had

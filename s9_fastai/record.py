@@ -6,7 +6,6 @@
 __all__ = ['EpochRecorder', 'format_epoch', 'RunLog']
 
 # %% ../nbs/06_record.ipynb #accbc3b5
-from io import StringIO
 from pathlib import Path
 
 from fastai.callback.core import Callback
@@ -90,7 +89,7 @@ class RunLog(Callback):
         if 'accuracy' not in self.metrics.attrgot('name'):
             raise ValueError('RunLog writes the accuracy: give the Learner metrics=accuracy, or no run_dir')
         now, path = ','.join(self.recorder.metric_names), self.run_dir/'history.csv'
-        with open(path) if path.exists() else StringIO() as f: then = f.readline().strip()
+        then = path.read_text(encoding='utf-8').partition('\n')[0] if path.exists() else ''
         if then not in ('', now) and in_fit(self.learn):
             raise ValueError(f'{path} has the columns {then}, but these would be {now}: take the metrics that it was '
                              'begun with, or another run_dir')

@@ -24,6 +24,7 @@ from .fast import number_format
 from .files import replacing, write_json
 from .learner import Recipe
 from .net import Net
+from .schedule import stretches
 from .state import load_weights
 
 # %% ../nbs/09_run.ipynb #59a7cf6e
@@ -113,6 +114,8 @@ def _read(path):
     try: return json.loads(data.decode('utf-8'))
     except (ValueError, RecursionError) as e: raise ValueError(f'not JSON ({e})') from e
 
+def _recipe(told): return Recipe(**{f.name: told[f.name] for f in fields(Recipe)})
+
 def _check_told(told):
     "The `Recipe` in `told`; a ValueError for what `describe_run` cannot have told"
     if not isinstance(told, dict): raise ValueError('not a JSON object')
@@ -123,7 +126,7 @@ def _check_told(told):
         if k in _texts and not isinstance(v, str) or k == 'deterministic' and not isinstance(v, bool):
             raise ValueError(f'{k} is {v!r}')
     check_options(told)
-    return Recipe(**{f.name: told[f.name] for f in fields(Recipe)})
+    return _recipe(told)
 
 def read_run(
     run_dir, # Folder of a run
@@ -184,7 +187,7 @@ def check_same_run(
     "A ValueError that names each field in which `now` differs from `then`, where the result depends on it"
     changed = {k: v for k, v in changes(then, now).items() if k not in _free}
     if 'data_key' in changed: changed['data_key'] = f'the images of {then.get("data")} are not those of {now["data"]}'
-    if now['sched'] != 'triangle': changed.pop('epochs', None)  # the others are the same at first, however long it is
+    if not stretches(_recipe(now).scheduler()): changed.pop('epochs', None)  # it begins alike, however long it is
     more = 'Set them back, start a new run, or add --force and get a result of both'
     can = not any(k in changed for k in _fixed)
     if not can: more = 'Set them back or start a new run: what this one has saved does not fit'

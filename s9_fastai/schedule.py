@@ -168,7 +168,7 @@ def lr_scheduler(
 
 # %% ../nbs/06_schedule.ipynb #c8625644
 def stretches(
-    learn:Learner # In a `fit`
+    cbs:list # Callbacks of a fit
 )->bool: # True if a schedule depends on how many epochs there will be
-    "Whether any `ParamScheduler` of `learn` is not a `StepLR`"
-    return any(isinstance(cb, ParamScheduler) and not isinstance(cb, StepLR) for cb in learn.cbs)
+    "Whether any `ParamScheduler` among `cbs` is not a `StepLR`"
+    return any(isinstance(cb, ParamScheduler) and not isinstance(cb, StepLR) for cb in cbs)

@@ -164,7 +164,7 @@ def saying_how_to_go_on(
 
 # %% ../nbs/10_train.ipynb #ecfef6ac
 def s9_train(
-    data:str=None, # CIFAR-10: a folder, an archive or 'sample', 2,500 embedded images; if not given: one is found
+    data:str=None, # CIFAR-10: folder, archive or 'sample', 2,500 embedded images; if not given: sought, or downloaded
     recipe:str=None, # 'stated', 'logged', 'fast', 'best' or 'sample'; if not given: stated, or sample for that data
     teacher:str=None, # For --distill: a finished run's folder or a teacher.safetensors; if not given: the package's own
     seed:int=None, # Fixes weights, order, augmentation and dropout: 0 to 4294967295; 42 if not given
