@@ -29,6 +29,7 @@ from .readers import ImageReader, LabelReader
 # %% ../nbs/05_data.ipynb #790523b6
 class KeyedDL(TfmdDL):
     "A `TfmdDL` whose order depends on (seed, epoch) and whose augmentation on (seed, epoch, image) alone"
+    not_saved = ('seed', 'epoch', 'n_new', 'nth', 'begin', 'drawn', 'numbers')  # a checkpoint keeps the first three
     def __init__(self,
         dataset=None, # As for `TfmdDL`
         bs:int=64, # Images a batch
