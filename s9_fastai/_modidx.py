@@ -533,6 +533,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   's9_fastai.resume._load_frozen': ('resume.html#_load_frozen', 's9_fastai/resume.py'),
                                   's9_fastai.resume._load_grads': ('resume.html#_load_grads', 's9_fastai/resume.py'),
                                   's9_fastai.resume._load_opt': ('resume.html#_load_opt', 's9_fastai/resume.py'),
+                                  's9_fastai.resume._pairs': ('resume.html#_pairs', 's9_fastai/resume.py'),
                                   's9_fastai.resume.learner_state': ('resume.html#learner_state', 's9_fastai/resume.py'),
                                   's9_fastai.resume.load_learner_state': ('resume.html#load_learner_state', 's9_fastai/resume.py'),
                                   's9_fastai.resume.load_loader_state': ('resume.html#load_loader_state', 's9_fastai/resume.py'),

@@ -162,13 +162,14 @@ def check(self:Checkpoint,
     found, is_last = changes(state['fits'][self.n_fits], self.fits[-1]), len(state['fits']) == len(self.fits)
     if is_last and self.learn.n_epoch >= state['place'].epoch and not stretches(self.learn.cbs):
         found.pop('n_epoch', None)
+    if found.keys() & vars(getattr(self.learn, 'recipe', self.note)).keys(): found.pop('model', None)  # that says it all
     changed = '; '.join(f'{v} ({_hints[k]})' if k in _hints else v for k, v in found.items())
     if changed and not self.force:
         raise CannotGoOn(f'{self.run_dir}: settings have changed since the run stopped: {changed}. Set them back, name '
                          'a new folder, or force it and get a result of both')
     if changed: warnings.warn(f'{self.run_dir} goes on with changed settings: {changed}')
 
-# %% ../nbs/07_checkpoint.ipynb #936efee0
+# %% ../nbs/07_checkpoint.ipynb #06181e4c
 _remedy = ('give its class state_dict and load_state_dict, or the attribute to not_saved where no result depends on it')
 
 def is_lazy(

@@ -72,7 +72,7 @@ def learner_state(
         frozen=_frozen(learn), changed=changed, lost=lost,
         csv=[_csv_text(cb) for cb in learn.cbs if isinstance(cb, CSVLogger)])
 
-# %% ../nbs/06_resume.ipynb #693bb376
+# %% ../nbs/06_resume.ipynb #ce44670d
 def _csv_text(cb):
     if not cb.file.closed: cb.file.flush()
     return (cb.path/cb.fname).read_text()
@@ -113,14 +113,20 @@ def load_model_state(
     check_weights(model, state)
     model.load_state_dict(state)
 
+def _pairs(what, now, saved):
+    "Each of `now` with its place in `saved`; a ValueError where there are more or fewer"
+    now = [*now]
+    if len(now) != len(saved): raise ValueError(f'it has {len(saved)} {what}, this Learner has {len(now)}')
+    return zip(now, saved)
+
 def _load_grads(ps, grads):
-    for p, g in zip(ps, grads, strict=True):
+    for p, g in _pairs('gradients', ps, grads):
         p.grad = None if g is None else torch.zeros_like(p) if isinstance(g, int) else _like(p, g)
 
 def _load_frozen(learn, state):
     "ValueError where `state` has another number of parameters"
     if type(state['idx']) is not int: raise ValueError(f"frozen_idx is {state['idx']!r}")
-    for p, trained in zip(learn.model.parameters(), state['trained'], strict=True): p.requires_grad_(bool(trained))
+    for p, trained in _pairs('parameters', learn.model.parameters(), state['trained']): p.requires_grad_(bool(trained))
     learn.opt.frozen_idx = state['idx']
 
 def _load_callbacks(cbs, states):
@@ -149,11 +155,11 @@ def load_learner_state(
         _load_frozen(learn, state['frozen'])
         _load_opt(learn.opt, to_device(state['opt'], device))
         _load_grads(learn.model.parameters(), state['grads'])
-        for m, o in zip(learn.metrics, state['metrics'], strict=True): load_object_state(m, o)
+        for m, o in _pairs('metrics', learn.metrics, state['metrics']): load_object_state(m, o)
         _load_callbacks(learn.cbs, list(state['callbacks']))
         put_changes(fit_roots(learn, but), state['changed'])
         for cb, text in zip([cb for cb in learn.cbs if isinstance(cb, CSVLogger)], state['csv']): _load_csv(cb, text)
-        for i, (dl, o) in enumerate(zip(learn.dls.loaders, state['loaders'], strict=True)):
+        for i, (dl, o) in enumerate(_pairs('loaders', learn.dls.loaders, state['loaders'])):
             load_loader_state(dl, o, begin[1] if i == begin[0] else 0)
         load_random_state(state['random'])
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:

@@ -21,7 +21,7 @@ from safetensors import safe_open
 from .files import replacing
 from .generators import GeneratorState, generator_state
 
-# %% ../nbs/01_state.ipynb #1b654a56
+# %% ../nbs/01_state.ipynb #b3d5a18c
 _lists = dict(list=list, tuple=tuple, L=L)
 _sets = dict(set=set, frozenset=frozenset)
 
@@ -46,7 +46,7 @@ def _encode_list(o, tensors):
             return {'scalars': _put(torch.stack([*o]), tensors), 'as': kind}
     return {kind: [encode(v, tensors) for v in o]}
 
-# %% ../nbs/01_state.ipynb #b459c0d8
+# %% ../nbs/01_state.ipynb #9d430500
 _count = re.compile(r'count\((-?[\d.e+-]+)(?:, (-?[\d.e+-]+))?\)')
 
 def _to_number(text): return int(text) if re.fullmatch(r'-?\d+', text) else float(text)
@@ -81,15 +81,16 @@ def encode(
     if isinstance(o, torch.Tensor): return {'tensor': _put(o, tensors)}
     if isinstance(o, np.generic): return encode(o.item(), tensors)
     if _is_array(o): return {'array': _put(torch.from_numpy(o), tensors)}
+    if g := o if isinstance(o, GeneratorState) else generator_state(o):
+        return {'generator': [g.kind, encode(g.state, tensors)]}
     if _kind_of_list(o): return _encode_list(o, tensors)
     if isinstance(o, Mapping): return {'dict': [[encode(v, tensors) for v in kv] for kv in o.items()]}
     if kind := _kind_of_set(o): return {kind: [encode(v, tensors) for v in o]}
     if isinstance(o, deque): return {'deque': [encode(v, tensors) for v in o], 'as': o.maxlen}
     if text := _encode_text(o): return text
-    if g := generator_state(o): return {'generator': [g.kind, encode(g.state, tensors)]}
     raise TypeError(f'{type(o).__name__} cannot be kept in a file of numbers')
 
-# %% ../nbs/01_state.ipynb #597f410e
+# %% ../nbs/01_state.ipynb #066c3f3a
 def can_encode(
     o, # Anything
 )->bool:
@@ -215,7 +216,7 @@ def save_weights(
 
 # %% ../nbs/01_state.ipynb #a8c7a943
 def _kind_of_weight(v): # the extra state of a module may be anything
-    return f'{v.dtype} {list(v.shape)}' if isinstance(v, torch.Tensor) else 'an extra state'
+    return f'{v.dtype} {list(v.shape)}' if isinstance(v, torch.Tensor) else f'a {type(v).__name__}'
 
 def check_weights(
     model:torch.nn.Module, # Stays as it is
