@@ -441,6 +441,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                    's9_fastai/record.py'),
                                   's9_fastai.record.EpochRecorder.before_fit': ( 'record.html#epochrecorder.before_fit',
                                                                                  's9_fastai/record.py'),
+                                  's9_fastai.record.EpochRecorder.rest_trackers': ( 'record.html#epochrecorder.rest_trackers',
+                                                                                    's9_fastai/record.py'),
                                   's9_fastai.record.EpochRecorder.settle_monitor': ( 'record.html#epochrecorder.settle_monitor',
                                                                                      's9_fastai/record.py'),
                                   's9_fastai.record.RunLog': ('record.html#runlog', 's9_fastai/record.py'),

@@ -55,6 +55,7 @@ class EpochRecorder(Recorder):
         self.metric_names = L('epoch') + names + L('lr', 'time')
         for cb in self.learn.cbs:
             if isinstance(cb, TrackerCallback): self.settle_monitor(cb)
+            if cb.name == 'run_log': cb.check_loggers()  # now: a `CSVLogger` empties its file before a `RunLog` comes
             # of this object alone, and only where no subclass has a table of its own
             if getattr(type(cb), '_write_stats', None) is ProgressCallback._write_stats:
                 cb._write_stats = partial(_write_stats, cb)
@@ -84,12 +85,18 @@ class EpochRecorder(Recorder):
 
     def after_epoch(self):
         "Put the two sets side by side; `validate` alone has no training columns, as in fastai"
+        if not in_fit(self.learn): self.rest_trackers()
         if not self.trained and not in_fit(self.learn): self.log += self.validated
         else:
             missing = [float('nan')]*(1 + len(self.metrics))
             self.log += L(v for pair in zip(self.trained or missing, self.validated or missing) for v in pair)
             self.log.append(self.opt.hypers[-1]['lr'])
         super().after_epoch()
+
+    def rest_trackers(self):
+        "Keep trackers out of `validate`, whose row has other columns: in fastai they would compare these, save and load"
+        for cb in self.learn.cbs:
+            if isinstance(cb, TrackerCallback): cb.run = False  # until the end of the `validate`
 
 # %% ../nbs/06_record.ipynb #0f1545dd
 def format_epoch(
@@ -129,7 +136,7 @@ class RunLog(Callback):
                              'learn.remove_cb(learn.recorder) and learn.add_cb(EpochRecorder())')
         if 'accuracy' not in self.metrics.attrgot('name'):
             raise ValueError('RunLog writes the accuracy: give the Learner metrics=accuracy, or no run_dir')
-        if in_fit(self.learn): self.check_columns(), self.check_loggers()
+        if in_fit(self.learn): self.check_columns()
 
     def check_columns(self):
         "ValueError where a column of history.csv would have two meanings"
