@@ -19,7 +19,6 @@ from fastcore.script import anno_parser
 
 from . import __version__
 from .facts import shown
-from .learner import Recipe
 from .signals import Stopped
 
 # %% ../nbs/09_command.ipynb #febf0de8
@@ -67,6 +66,8 @@ def recipe_options(
     names=None, # Fields to take; None: all
 ):
     "Options for the fields of the recipe, with the comments that stand there"
+    if names == (): return
+    from s9_fastai.learner import Recipe  # here, since it loads torch, and the commands begin without
     docs = docments(Recipe)
     group = parser.add_argument_group("fields of the recipe; not given: its own value [in brackets: that of stated]")
     for f in fields(Recipe):
@@ -116,9 +117,10 @@ def _leave_quietly():
 def run_command(
     func, # Its parameters and their comments are the options
     names=None, # Fields of the recipe that are options too; None: all
+    parser=None, # Ready-made, such as a `stored_parser`; None: a `command_parser`
 ):
     "Call `func` with the options of the command line; what goes wrong ends in `complain`"
-    p = command_parser(func, names)
+    p = parser or command_parser(func, names)
     for f in (sys.stdout, sys.stderr):  # names of folders need not be text
         if hasattr(f, 'reconfigure'): f.reconfigure(errors='backslashreplace')
     args = parsed_options(p)

@@ -141,8 +141,11 @@ def keep_source(
     run_dir, # Folder of a run
     source:str, # As `Cifar10` has it
 ):
-    "Write down where the images of the run are; an OSError as `naming`"
-    write_json(Path(run_dir)/'checkpoints'/'data.json', source if source == 'sample' else os.path.abspath(source))
+    "Write down where the images of the run are, unless that is there already; an OSError as `naming`"
+    path, source = Path(run_dir)/'checkpoints'/'data.json', source if source == 'sample' else os.path.abspath(source)
+    with suppress(OSError, ValueError):
+        if _read(path) == source: return
+    write_json(path, source)
 
 def kept_source(
     run_dir, # Folder of a run
