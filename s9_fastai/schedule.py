@@ -147,6 +147,7 @@ class PlateauLR(ReduceLROnPlateau):
         "Lower the rate if it is time, after an epoch that was trained and validated and had no other scheduler"
         row,names = self.recorder.values[-1],self.recorder.metric_names[1:]
         complete = len(row) == len(names) - self.recorder.add_time  # the time has a name, but no place in the row
+        complete = complete and all(v == v for v in row)  # NaN: of a part that was cancelled
         if complete and not lr_setters(self.learn): super().after_epoch()
 
 # %% ../nbs/06_schedule.ipynb #c3e3a9ae

@@ -203,8 +203,9 @@ def closing_lines(
     lines = [f'{images} accuracy {acc:.2%} after {_epochs(learn.recipe.epochs)}; guessing one of {classes} classes '
              f'gives {1/classes:.0%}']
     if learn.dls.data_source == 'sample':
-        reached = ', '.join(f'{nm} {v}%' for nm, v in REACHED.items())
-        lines += [f'that was with {len(learn.dls.train_ds):,} training images; all 50,000 give: {reached}',
+        reached = ' and '.join(f'{nm} gives {v}%' for nm, v in REACHED.items())
+        lines += [f'that was with {len(learn.dls.train_ds):,} training images, a sample of the 50,000 of CIFAR-10',
+                  f'with all of them, the recipe {reached}',
                   'next: s9_train --recipe fast (finds CIFAR-10, or downloads it: 168 MB)']
     return [*lines, f'your own images: s9_predict IMAGE... {_command("--run", run_dir)}',
             f'the whole run is in {shown(run_dir)}']

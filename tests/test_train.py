@@ -95,7 +95,8 @@ def test_a_pipe_gets_whole_lines(run):
     assert '\r' not in run[0].stdout and '█' not in run[0].stdout and epoch.startswith('epoch   1  train_loss ')
     acc = pd.read_csv(run[1]/'history.csv').valid_accuracy[0]
     assert rest == [f'test accuracy {acc:.2%} after 1 epoch; guessing one of 10 classes gives 10%',
-                    'that was with 2,000 training images; all 50,000 give: fast 85.7%, best 90.4%',
+                    'that was with 2,000 training images, a sample of the 50,000 of CIFAR-10',
+                    'with all of them, the recipe fast gives 85.7% and best gives 90.4%',
                     'next: s9_train --recipe fast (finds CIFAR-10, or downloads it: 168 MB)',
                     f'your own images: s9_predict IMAGE... --run runs/{run[1].name}', f'the whole run is in runs/{run[1].name}']
 
