@@ -1,0 +1,92 @@
+"""Trains candidates for the recipe `sample` on the 2,000 embedded images, and judges them on images held out of these.
+
+A line for each candidate and seed. The test images are read with `--held-out 0` only: for the one that was chosen.
+"""
+import multiprocessing
+from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from itertools import product
+from pathlib import Path
+from statistics import mean
+from tempfile import TemporaryDirectory
+from time import perf_counter
+
+import pandas as pd
+import torch
+from fastai.torch_core import set_seed
+
+from accuracy import curves
+from common import facts, here, save
+from s9_fastai.data import cifar_dls
+from s9_fastai.fast import number_format
+from s9_fastai.learner import RECIPES, get_recipe, s9_learner
+
+changes = {  # of `fast`
+    'epochs 40, bs 64': dict(epochs=40, bs=64),
+    'epochs 24, bs 64': dict(epochs=24, bs=64),
+    'epochs 30, bs 128': dict(epochs=30, bs=128),
+    'epochs 18, bs 32': dict(epochs=18, bs=32),
+    'epochs 24, bs 64, lr 0.15': dict(epochs=24, bs=64, lr=0.15),
+    'epochs 24, bs 64, lr 0.6': dict(epochs=24, bs=64, lr=0.6),
+    'epochs 24, bs 64, wd 1e-2': dict(epochs=24, bs=64, wd=1e-2),
+    'epochs 24, bs 64, dropout 0.1': dict(epochs=24, bs=64, dropout=0.1),
+    'epochs 24, bs 64, label smoothing 0.1': dict(epochs=24, bs=64, label_smoothing=0.1),
+    'epochs 24, bs 64, average 0.1': dict(epochs=24, bs=64, average=0.1),
+    'epochs 24, bs 64, no averages': dict(epochs=24, bs=64, average=0.),
+    'epochs 24, bs 64, cutout': dict(epochs=24, bs=64, policy='flip_crop_cutout')}
+
+
+def recipe_of(what, held_out):
+    if what in RECIPES: return get_recipe(what, held_out=held_out)
+    return get_recipe('fast', held_out=held_out, **changes[what])
+
+
+def train(todo, args):
+    "The result of one candidate from one seed, as a line"
+    what, seed = todo
+    torch.set_num_threads(args.threads)
+    facts()  # before the training: how busy the machine is
+    recipe = recipe_of(what, args.held_out)
+    set_seed(seed)
+    dls = cifar_dls('sample', recipe.bs, seed=seed, policy=recipe.policy, augment=recipe.augment,
+                    held_out=recipe.held_out, device=torch.device('cpu'))
+    with TemporaryDirectory() as tmp:  # the command saves checkpoints too
+        learn = s9_learner(dls, recipe, tmp)
+        start = perf_counter()
+        with learn.no_bar(), learn.no_logging(): learn.fit(recipe.epochs)
+        seconds = perf_counter() - start
+    df = pd.DataFrame(learn.recorder.values, columns=learn.recorder.metric_names[1:-1])
+    images = 'held-out' if args.held_out else 'test'
+    return dict(what=what, seed=seed, measure=f'accuracy on the {images} images after the last epoch', unit='%', n=1,
+                values=[100*df.valid_accuracy.iloc[-1]], recipe=vars(recipe), steps=recipe.epochs*len(dls.train),
+                runs_at_once=args.jobs, number_format=str(number_format(torch.device('cpu')))[6:],
+                seconds=round(seconds, 1), history=curves(df), **facts())
+
+
+def options():
+    p = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
+    names = [*changes, *RECIPES]
+    p.add_argument('candidates', nargs='*', metavar='CANDIDATE', help=f'any of: {", ".join(names)}; none: all but the recipes')
+    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1], help='of weights, order and augmentation')
+    p.add_argument('--held-out', type=int, default=500, help='training images that validate; 0: the test images do')
+    p.add_argument('--jobs', type=int, default=1, help='runs at once')
+    p.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads of torch in each run')
+    p.add_argument('--out', type=Path, default=here/'results', help='folder of the JSON lines')
+    args = p.parse_args()
+    if wrong := [o for o in args.candidates if o not in names]: p.error(f'no candidate {wrong[0]!r}: {", ".join(names)}')
+    return args
+
+
+def main():
+    args, found = options(), {}
+    todo = [*product(args.candidates or changes, args.seeds)]
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context('spawn')) as pool:
+        for o in pool.map(partial(train, args=args), todo):
+            save([o], args.out)
+            found.setdefault(o['what'], []).append(o['values'][0])
+            print(f'{o["what"]}, seed {o["seed"]}: {o["values"][0]:.1f}% in {o["steps"]} steps, {o["seconds"]} s', flush=True)
+    for what, values in found.items(): print(f'{what}: {mean(values):.2f}% as the mean of {len(values)}')
+
+
+if __name__ == '__main__': main()
