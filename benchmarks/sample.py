@@ -22,24 +22,17 @@ from s9_fastai.data import cifar_dls
 from s9_fastai.fast import number_format
 from s9_fastai.learner import RECIPES, get_recipe, s9_learner
 
-changes = {  # of `fast`
-    'epochs 40, bs 64': dict(epochs=40, bs=64),
-    'epochs 24, bs 64': dict(epochs=24, bs=64),
-    'epochs 30, bs 128': dict(epochs=30, bs=128),
-    'epochs 18, bs 32': dict(epochs=18, bs=32),
-    'epochs 24, bs 64, lr 0.15': dict(epochs=24, bs=64, lr=0.15),
-    'epochs 24, bs 64, lr 0.6': dict(epochs=24, bs=64, lr=0.6),
-    'epochs 24, bs 64, wd 1e-2': dict(epochs=24, bs=64, wd=1e-2),
-    'epochs 24, bs 64, dropout 0.1': dict(epochs=24, bs=64, dropout=0.1),
-    'epochs 24, bs 64, label smoothing 0.1': dict(epochs=24, bs=64, label_smoothing=0.1),
-    'epochs 24, bs 64, average 0.1': dict(epochs=24, bs=64, average=0.1),
-    'epochs 24, bs 64, no averages': dict(epochs=24, bs=64, average=0.),
-    'epochs 24, bs 64, cutout': dict(epochs=24, bs=64, policy='flip_crop_cutout')}
+changes = {  # of `fast` with 28 epochs and batches of 64, unless a number is named
+    'as it is': {}, '40 epochs': dict(epochs=40), 'batches of 128': dict(epochs=32, bs=128), 'batches of 32': dict(epochs=18, bs=32),
+    'rate 0.15': dict(lr=0.15), 'rate 0.6': dict(lr=0.6), 'label smoothing 0.1': dict(label_smoothing=0.1),
+    'averages three times as old': dict(average=0.09), 'without averages': dict(average=0.), 'momentum 0.8': dict(mom=0.8),
+    'rise in two fifths': dict(rise=0.4), 'ten times the weight decay': dict(wd=1e-2), 'dropout 0.05': dict(dropout=0.05),
+    'flips by turns': dict(policy='alt_flip_crop'), 'cutout': dict(policy='flip_crop_cutout'), 'no augmentation': dict(policy='none')}
 
 
 def recipe_of(what, held_out):
     if what in RECIPES: return get_recipe(what, held_out=held_out)
-    return get_recipe('fast', held_out=held_out, **changes[what])
+    return get_recipe('fast', **{'epochs': 28, 'bs': 64, 'held_out': held_out, **changes[what]})
 
 
 def train(todo, args):
