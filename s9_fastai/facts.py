@@ -45,12 +45,12 @@ def shown(
     "`name`, with whatever cannot be printed escaped as Python does it"
     return ''.join(c if c.isprintable() else repr(c)[1:-1] for c in str(name))
 
-# %% ../nbs/00_facts.ipynb #1cef0f2d
+# %% ../nbs/00_facts.ipynb #289ee5aa
 def listed(
-    choices, # Names in their order, or a dictionary that has what each one is
+    choices, # Names in their order, or a dictionary that has what each one is, alone or first in a tuple
 )->str: # Such as `'bn' (batch), 'gn' (group) or 'ln' (layer)`
     "`choices` as words in a sentence"
-    about = choices if isinstance(choices, dict) else {}
+    about = {k: v[0] if isinstance(v, tuple) else v for k, v in choices.items()} if isinstance(choices, dict) else {}
     words = [f'{name!r} ({about[name]})' if isinstance(about.get(name), str) else repr(name) for name in choices]
     return ' or '.join([', '.join(words[:-1]), words[-1]]) if len(words) > 1 else words[0]
 
