@@ -22,9 +22,10 @@ from s9_fastai.data import cifar_dls
 from s9_fastai.fast import number_format
 from s9_fastai.learner import RECIPES, get_recipe, s9_learner
 
-changes = {  # of `fast` with 28 epochs and batches of 64, unless a number is named
-    'as it is': {}, '40 epochs': dict(epochs=40), 'batches of 128': dict(epochs=32, bs=128), 'batches of 32': dict(epochs=18, bs=32),
-    'rate 0.15': dict(lr=0.15), 'rate 0.6': dict(lr=0.6), 'label smoothing 0.1': dict(label_smoothing=0.1),
+changes = {  # of `fast` with 28 epochs, batches of 64 and a rate of 0.6, unless a number is named
+    'as it is': {}, 'rate 0.3': dict(lr=0.3), 'rate 1': dict(lr=1.), '40 epochs': dict(epochs=40),
+    'batches of 128': dict(epochs=36, bs=128), 'batches of 128, rate 1': dict(epochs=36, bs=128, lr=1.),
+    'batches of 32': dict(epochs=18, bs=32), 'label smoothing 0.1': dict(label_smoothing=0.1),
     'averages three times as old': dict(average=0.09), 'without averages': dict(average=0.), 'momentum 0.8': dict(mom=0.8),
     'rise in two fifths': dict(rise=0.4), 'ten times the weight decay': dict(wd=1e-2), 'dropout 0.05': dict(dropout=0.05),
     'flips by turns': dict(policy='alt_flip_crop'), 'cutout': dict(policy='flip_crop_cutout'), 'no augmentation': dict(policy='none')}
@@ -32,7 +33,7 @@ changes = {  # of `fast` with 28 epochs and batches of 64, unless a number is na
 
 def recipe_of(what, held_out):
     if what in RECIPES: return get_recipe(what, held_out=held_out)
-    return get_recipe('fast', **{'epochs': 28, 'bs': 64, 'held_out': held_out, **changes[what]})
+    return get_recipe('fast', **{'epochs': 28, 'bs': 64, 'lr': 0.6, 'held_out': held_out, **changes[what]})
 
 
 def train(todo, args):
@@ -58,7 +59,7 @@ def train(todo, args):
 
 
 def options():
-    p = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
+    p = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     names = [*changes, *RECIPES]
     p.add_argument('candidates', nargs='*', metavar='CANDIDATE', help=f'any of: {", ".join(names)}; none: all but the recipes')
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1], help='of weights, order and augmentation')

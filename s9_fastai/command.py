@@ -106,7 +106,7 @@ def _refuse_unknown(parser, rest):
     if not rest: return
     wrong = next((o for o in rest if o.startswith('--')), '').partition('=')[0]
     known = [o for o in parser._option_string_actions if o not in ('--pdb', '--xtra')]
-    near = difflib.get_close_matches(wrong, known, 1)
+    near = difflib.get_close_matches(wrong, known, 1, 0.8)
     parser.error(f'unrecognized arguments: {" ".join(rest)}' + (f'; did you mean {near[0]}?' if near else ''))
 
 def parsed_options(

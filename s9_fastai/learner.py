@@ -68,7 +68,8 @@ class Recipe:
     augment:str = _default(cifar_dls, 'augment')  # How the images are augmented
     compute:str = 'fast'  # Layers and number format
     bs:int = _default(cifar_dls, 'bs')  # Images a batch
-    held_out:int = _default(cifar_dls, 'held_out')  # Training images that validate, a multiple of 10, 0: test images
+    # Training images that validate in place of the test images, a multiple of 10
+    held_out:int = _default(cifar_dls, 'held_out')
     epochs:int = 100  # Passes over the training images
     lr:float = 0.05  # Learning rate of the first epoch, or at the top of a triangle
     mom:float = 0.9  # Momentum, of SGD or Muon
@@ -124,7 +125,7 @@ class Recipe:
     def scheduler(self)->list:
         return lr_scheduler(self.sched, rise=self.rise, step_size=self.step_size, gamma=self.gamma)
 
-# %% ../nbs/08_learner.ipynb #c6edcc25
+# %% ../nbs/08_learner.ipynb #8bc30e91
 def field_values()->dict: # Such as `0 to below 1`, or `'fast' (…) or 'plain' (…)`, by field
     "What each field of a `Recipe` takes, as a text"
     choices = {**_names, **_others}
@@ -176,7 +177,7 @@ def check_batches(
         raise ValueError(f'bs is {bs}, so that a batch of the {n} training images has only 1 image, of which batch '
                          f"norm can make nothing: take another bs, such as {bs + 1}, or norm='gn'")
 
-# %% ../nbs/08_learner.ipynb #1ff704a7
+# %% ../nbs/08_learner.ipynb #36ba3907
 def n_classes(
     dls:DataLoaders, # Of any data with classes
 )->int: # Outputs of a Net that learns from `dls`

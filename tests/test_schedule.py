@@ -323,12 +323,13 @@ both = {  # callbacks of the Learner, callbacks of the fit, who sets the rate, w
 
 
 @pytest.mark.parametrize('what', both)
-def test_two_that_set_the_rate_are_named(mk, what):
+def test_two_that_set_the_rate_are_named(mk, fault, what):
     attached, brought, setter, idle = both[what]
     learn = mk(*attached)
     with pytest.warns(UserWarning, match=f'{setter.__name__} sets the learning rate of this fit, so {idle.__name__} does nothing: take one of them out') as found:
         learn.fit(2, 0.1, cbs=brought)
     assert len(found) == 1
+    if what == 'attached': fault('training', 'two schedules in one fit', found[0].message)
     done = next(cb for cb in [*attached, *brought] if type(cb) is setter)
     alone = mk(done)
     alone.fit(2, 0.1)
