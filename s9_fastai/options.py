@@ -30,7 +30,7 @@ def option_table(
     given = [[_option(a) for a in g._group_actions if a.help != SUPPRESS and a.dest not in ('help', 'version')]
              for g in parser._action_groups]
     titles = [None, None, *(g.title for g in parser._action_groups[2:])]  # argparse's own two are always there
-    return dict(about=parser.description, groups=[dict(title=o, options=a) for o, a in zip(titles, given) if a])
+    return dict(about=parser.description, usage=parser.usage, groups=[dict(title=o, options=a) for o, a in zip(titles, given) if a])
 
 # %% ../nbs/10_options.ipynb #c171043a
 def stored_parser(
@@ -42,6 +42,7 @@ def stored_parser(
     def bare(): pass
     bare.__name__, bare.__doc__, bare.__module__ = func.__name__, table['about'], func.__module__
     parser = command_parser(bare, ())
+    parser.usage = table['usage']
     for group in table['groups']:
         place = parser if group['title'] is None else parser.add_argument_group(group['title'])
         for o in group['options']:

@@ -33,7 +33,7 @@ def describe_callback(
 )->str: # Such as `step_lr(step_size=25, gamma=0.5)`
     "The name of `cb`, with those arguments of its constructor that it keeps"
     kept = {k: vars(cb)[k] for k in inspect.signature(type(cb)).parameters if k in vars(cb)}
-    kept = {k: v for k, v in kept.items() if isinstance(v, (bool, int, float, str))}
+    kept = {k: v for k, v in kept.items() if isinstance(v, (bool, int, float, str, tuple))}
     kept.update({k: v for k, v in vars(cb).items() if isinstance(v, Distribution)})  # what `MixUp` makes of its alpha
     kept.update({k: v.key for k, v in vars(cb).items() if isinstance(getattr(v, 'key', None), str)})  # a teacher
     if isinstance(cb, ParamScheduler) and not kept:  # a `StepLR` is told by its arguments

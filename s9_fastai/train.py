@@ -35,15 +35,15 @@ def check_paths(
 # %% ../nbs/11_train.ipynb #cd7b00a4
 def s9_train(
     data:str=None, # CIFAR-10: folder, archive or 'sample', 2,500 embedded images; if not given: sought, or downloaded
-    recipe:str=None, # 'stated', 'logged', 'fast', 'best' or 'sample'; if not given: stated, or sample for that data
+    recipe:str=None, # The settings to begin with; if not given, stated, or sample for that data
     teacher:str=None, # For --distill: a finished run's folder or a teacher.safetensors; if not given: the package's own
-    seed:int=None, # Fixes weights, order, augmentation and dropout: 0 to 4294967295; 42 if not given
-    workers:int=None, # Processes that prepare batches: 0 to 256; 0, also if not given: the training process does
+    seed:int=None, # Fixes weights, order, augmentation and dropout; 42 if not given
+    workers:int=None, # Processes that prepare batches; with 0, or if not given, the training process does
     device:str=None, # cpu, cuda, cuda:1, mps, ...; if not given: the GPU if there is one, else cpu
     out:str=None, # Folder of the run, new or empty; if not given: a new one under runs
     resume:str=None, # Folder of a run to resume, with the options that it had; a larger --epochs makes it longer
     force:bool=False, # With --resume: go on although settings, versions or the CPU have changed
-    save_every:int=None, # Save after so many batches too: 1 to 999999; if not given: after each epoch only
+    save_every:int=None, # Save after so many batches too; if not given, after each epoch only
     deterministic:bool=False, # Use only those algorithms of torch that repeat to the bit; on a CPU all do
     **overrides # Fields of the recipe, such as `epochs=3`
 ): # The trained `Learner`

@@ -8,12 +8,13 @@ import sys
 
 from s9_fastai.command import command_parser
 from s9_fastai.options import STORED, option_table
+from s9_fastai.run import option_values
 from s9_fastai.train import NET_FIELDS, s9_summary, s9_train
 
 
 def made():
     "The content of the file"
-    parsers = [command_parser(s9_train), command_parser(s9_summary, NET_FIELDS)]
+    parsers = [command_parser(s9_train, values=option_values()), command_parser(s9_summary, NET_FIELDS)]
     return json.dumps({p.prog: option_table(p) for p in parsers}, indent=1, ensure_ascii=False) + '\n'
 
 
