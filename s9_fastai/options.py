@@ -30,7 +30,8 @@ def option_table(
     given = [[_option(a) for a in g._group_actions if a.help != SUPPRESS and a.dest not in ('help', 'version')]
              for g in parser._action_groups]
     titles = [None, None, *(g.title for g in parser._action_groups[2:])]  # argparse's own two are always there
-    return dict(about=parser.description, usage=parser.usage, groups=[dict(title=o, options=a) for o, a in zip(titles, given) if a])
+    groups = [dict(title=o, options=a) for o, a in zip(titles, given) if a]
+    return dict(about=parser.description, usage=parser.usage, groups=groups)
 
 # %% ../nbs/10_options.ipynb #c171043a
 def stored_parser(

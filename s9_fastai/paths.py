@@ -39,7 +39,7 @@ def data_path(
     path:str|Path, # A folder or an archive
     who:str='', # Where the path was found, before the error; '': on the command line
 )->Path:
-    "`path` as `given_path`; FileNotFoundError unless it is a file or a folder, an OSError where that cannot be found out"
+    "`path` as `given_path`; FileNotFoundError unless it is a file or a folder, an OSError if it cannot be looked at"
     p = given_path(path, f'{who}the path of CIFAR-10')
     with read_errors(p): there = is_there(p)
     if there and (p.is_file() or p.is_dir()): return p

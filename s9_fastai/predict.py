@@ -22,7 +22,8 @@ def image_files(
     "The image files at `path`, by their suffixes; FileNotFoundError if there are none, an OSError if it cannot be read"
     if not os.path.isdir(path): return [image_path(path)]
     with read_errors(path): names = sorted(os.listdir(path))
-    known = [ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN]  # some can only be written
+    # PIL can write some kinds that it cannot read
+    known = [ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN]
     found = [Path(path)/nm for nm in names if not nm.startswith('.') and Path(nm).suffix.lower() in known]
     found = [f for f in found if f.is_file()]
     if not found: raise FileNotFoundError(f'{shown(path)}: a folder without an image file; give an image file')
@@ -44,7 +45,8 @@ def _predictor(run):
     from s9_fastai.mirror import Mirrored
     from s9_fastai.run import run_net
     net = None if run is None else run_net(run_path(run, 'run'))
-    learn = s9_learner(cifar_dls('sample', policy='none', device='cpu'), get_recipe(compute='plain'), pretrained=run is None)
+    dls = cifar_dls('sample', policy='none', device='cpu')
+    learn = s9_learner(dls, get_recipe(compute='plain'), pretrained=run is None)
     learn.model = Mirrored(net or learn.model)
     return learn
 
@@ -63,7 +65,7 @@ def class_probabilities(
 
 # %% ../nbs/10_predict.ipynb #ed205293
 def _read_images(images, run):
-    "A Learner, the images as (file, (32, 32, 3) uint8), and the errors of those that cannot be read; `BadInput` if all are"
+    "A Learner, the images as (file, array), and the errors of those that cannot be read; `BadInput` if none can"
     try:
         if run is not None: recipe_path(run_path(run, 'run'))
         files, errors = _each(images, image_files)
@@ -77,7 +79,7 @@ def _read_images(images, run):
     return learn, pairs, errors
 
 def s9_predict(
-    *images:str, # Image files of any usual kind and size, or folders of them: the middle square is seen, in 32x32 pixels
+    *images:str, # Image files of any usual kind and size, or folders of them; the middle square is used, in 32x32
     top:int=3, # Classes to name for each: 1 to 10
     run:str=None, # Folder of a finished run of s9_train; if not given: the weights that come with the package
 ): # Probabilities of each image, by class name

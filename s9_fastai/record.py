@@ -21,7 +21,7 @@ from .paths import given_path
 
 # %% ../nbs/06_record.ipynb #971aaf96
 def _cell(v, width):
-    "`v` as text: a number with 6 decimals, as fastai has it, or with 3 digits where that would be too long or nothing but zeros"
+    "`v` as text: with 6 decimals, as fastai has it, or 3 digits where that would be too long or nothing but zeros"
     if not isinstance(v, float): return str(v)
     text = f'{v:.6f}'
     return text if len(text) <= width and (abs(v) >= 1e-4 or v == 0) else f'{v:.3g}'
@@ -94,7 +94,7 @@ class EpochRecorder(Recorder):
         super().after_epoch()
 
     def rest_trackers(self):
-        "Keep trackers out of `validate`, whose row has other columns: in fastai they would compare these, save and load"
+        "Keep trackers out of `validate`, whose row has other columns: they would compare these, save and load"
         for cb in self.learn.cbs:
             if isinstance(cb, TrackerCallback): cb.run = False  # until the end of the `validate`
 
@@ -148,15 +148,17 @@ class RunLog(Callback):
         then = path.read_text(encoding='utf-8').partition('\n')[0].split(',') if path.exists() else ['']
         if then in ([''], list(now)): return
         gone, new = (', '.join(o for o in a if o not in b) or 'none' for a, b in ((then, now), (now, then)))
-        raise ValueError(f'{path} has the columns {", ".join(then)}, but this fit has {", ".join(now)} (missing: {gone}; '
-                         f'new: {new}): take the metrics that the run was begun with, or another run_dir')
+        raise ValueError(f'{path} has the columns {", ".join(then)}, but this fit has {", ".join(now)} '
+                         f'(missing: {gone}; new: {new}): take the metrics that the run was begun with, or another '
+                         'run_dir')
 
     def check_loggers(self):
         "ValueError where fastai's `CSVLogger` would write into the files of the run"
+        own = self.run_dir/'history.csv'
         for cb in self.learn.cbs:
-            if isinstance(cb, CSVLogger) and (self.learn.path/cb.fname).resolve() == (self.run_dir/'history.csv').resolve():
-                raise ValueError(f'CSVLogger writes {self.run_dir/"history.csv"} too: leave it out, as RunLog keeps that '
-                                 "file, or give it another name, CSVLogger('other.csv')")
+            if isinstance(cb, CSVLogger) and (self.learn.path/cb.fname).resolve() == own.resolve():
+                raise ValueError(f'CSVLogger writes {own} too: leave it out, as RunLog keeps that file, or give it '
+                                 "another name, CSVLogger('other.csv')")
 
     def after_train(self): self.last = self.learn.loss.item(), self.learn.iter
 

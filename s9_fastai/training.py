@@ -216,7 +216,8 @@ def _end(learn, run_dir, is_over):
     written = finish(learn, run_dir)
     if not is_over: return print(*closing_lines(learn, run_dir), sep='\n')
     files = f'; written anew: {", ".join(written)}' if written else ', and its files are as they were'
-    print(f'{shown(run_dir)} is finished: it has had its {_epochs(learn.recipe.epochs)}{files}. --epochs makes it longer')
+    n = _epochs(learn.recipe.epochs)
+    print(f'{shown(run_dir)} is finished: it has had its {n}{files}. --epochs makes it longer')
 
 def train_run(
     given:dict, # Options of `s9_train` by name; None or False: not given
