@@ -81,7 +81,7 @@ def is_done(what, seed, args):
 
 
 def options(names):
-    p = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
+    p = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     p.add_argument('variants', nargs='*', metavar='VARIANT', help=f'one of: {", ".join(names)}; none: all')
     p.add_argument('--data', default=os.environ.get('S9_CIFAR10'), help="the full CIFAR-10, or 'sample' to try out")
     p.add_argument('--epochs', type=int, default=8, help='passes over the training images')

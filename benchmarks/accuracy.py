@@ -101,7 +101,7 @@ def line(what, folders, failed, jobs):
 
 
 def parser():
-    p = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
+    p = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     p.add_argument('name', help='of the result, and of the folder of its runs')
     p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='one run from each')
     p.add_argument('--jobs', type=int, default=1, help='runs at once')

@@ -44,7 +44,7 @@ def busy_cores():
 
 def options(doc, reps=None):
     "An argparse parser with the options that every script has; without `reps` nothing is repeated"
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     p.error = partial(complain, p.prog)
     if reps: p.add_argument('--reps', type=int, default=reps, help='repetitions that count, after one that does not')
     p.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads of torch in each process')

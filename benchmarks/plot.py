@@ -76,7 +76,7 @@ def panels(loading, epochs):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     p.add_argument('--results', type=Path, default=here/'results', help='folder of the JSON lines')
     p.add_argument('--out', type=Path, help='PNG file; not given: speed.png in the folder of the results')
     args = p.parse_args()

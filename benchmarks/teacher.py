@@ -72,7 +72,7 @@ def line(learn, args, seconds, n_right):
 
 
 def options():
-    p = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter)
+    p = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
     p.add_argument('--data', default=os.environ.get('S9_CIFAR10'), help="the full CIFAR-10, or 'sample' to try out")
     p.add_argument('--epochs', type=int, default=14, help='passes over the training images')
     p.add_argument('--width', type=int, default=64, help='channels of the first group')

@@ -21,5 +21,6 @@ from s9_fastai.resume import *
 from s9_fastai.checkpoint import *
 from s9_fastai.learner import *
 from s9_fastai.interpret import *
+from s9_fastai.training import *
 from s9_fastai.train import *
 from s9_fastai.predict import *

@@ -227,7 +227,7 @@ def restore(self:Checkpoint):
 
 def _given(cb): # numbers that the constructor of `cb` was given and keeps
     names = signature(type(cb)).parameters
-    return {k: v for k, v in vars(cb).items() if k in names and isinstance(v, (bool, int, float))}
+    return {k: v for k, v in vars(cb).items() if k in names and isinstance(v, (bool, int, float, tuple))}
 
 @patch
 def take_forced(self:Checkpoint,

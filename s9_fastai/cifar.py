@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ARRAYS', 'SAMPLE', 'source_key', 'fingerprint', 'as_cifar', 'write_cache', 'open_cache', 'build_entry',
            'cache_errors', 'remove_entry', 'load_cached', 'fastai_dir', 'fetch', 'check_download', 'download',
-           'given_path', 'find_source', 'load_cifar', 'CLASSES', 'MEAN', 'STD', 'Split', 'Cifar10']
+           'find_source', 'load_cifar', 'CLASSES', 'MEAN', 'STD', 'Split', 'Cifar10']
 
 # %% ../nbs/03_cifar.ipynb #d129e259
 import hashlib, json, os, shutil, warnings
@@ -24,6 +24,7 @@ from .archives import check_python
 from .facts import CLASSES, MEAN, SPLITS, STD, Cifar10, Split, is_there, one_line, read_errors, show_bars, shown
 from .files import remove_abandoned
 from .layouts import folder_files, read_source
+from .paths import data_path, given_path
 
 _all_ = ['CLASSES', 'MEAN', 'STD', 'Split', 'Cifar10']  # the facts, for whoever imports this room
 
@@ -217,17 +218,6 @@ def download(
 #: 2,000 training and 500 test images; `tools/make_sample.py` wrote it, `data/README.md` tells more
 SAMPLE = Path(str(resources.files('s9_fastai')))/'data'/'cifar10_sample.tar.bz2'
 
-# %% ../nbs/03_cifar.ipynb #3c676935
-def given_path(
-    path:str|Path, # As somebody wrote it; `~` is a home folder
-    what:str # What it is, for the error
-) -> Path: # With the home folder's name
-    "`path`; `ValueError` if it is empty or in the home of nobody"
-    if not str(path): raise ValueError(f"{what} is '', which names nothing; give a path, '.' for the current folder")
-    try: return Path(path).expanduser()
-    except RuntimeError as e:
-        raise ValueError(f'{what} is {shown(path)}, and there is no such home folder ({e}); write it out') from e
-
 # %% ../nbs/03_cifar.ipynb #a5530da2
 def find_source(
     path:str|Path|None=None, # Folder, archive or 'sample'; `None`: `S9_CIFAR10`, fastai's own folder, a download
@@ -237,11 +227,7 @@ def find_source(
     who = 'S9_CIFAR10: ' if path is None else ''
     if path is None: path = os.environ.get('S9_CIFAR10') or None
     if path is not None:
-        p = SAMPLE if str(path) == 'sample' else given_path(path, f'{who}the path of CIFAR-10')
-        with read_errors(p): there = is_there(p)
-        if p.is_file() or p.is_dir(): return p
-        what = 'not a file or a folder, but a pipe or a device' if there else 'no such file or folder'
-        raise FileNotFoundError(f'{who}{shown(path)}: {what}; give one with CIFAR-10, or the word "sample"')
+        return data_path(SAMPLE if str(path) == 'sample' else path, who)
     for p in (fastai_dir('data')/'cifar10', fastai_dir('archive')/'cifar10.tgz'):
         with read_errors(p):
             if is_there(p): return p

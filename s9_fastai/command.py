@@ -7,7 +7,7 @@ __all__ = ['BadInput', 'RunFailed', 'plain_message', 'in_one_line', 'complain', 
            'command_parser', 'parsed_options', 'run_command']
 
 # %% ../nbs/09_command.ipynb #b816bf30
-import os, re, sys, warnings
+import difflib, os, re, sys, warnings
 from argparse import ArgumentTypeError
 from contextlib import contextmanager
 from dataclasses import fields
@@ -19,7 +19,6 @@ from fastcore.script import anno_parser
 
 from . import __version__
 from .facts import shown
-from .learner import Recipe
 from .signals import Stopped
 
 # %% ../nbs/09_command.ipynb #febf0de8
@@ -66,13 +65,15 @@ def recipe_options(
     parser, # An argparse parser, gets an option for each field of `Recipe`
     names=None, # Fields to take; None: all
 ):
-    "Options for the fields of the recipe, with the comments that stand there"
-    docs = docments(Recipe)
+    "Options for the fields of the recipe, with the comments that stand there, what they take and the default"
+    if names == (): return
+    from s9_fastai.learner import Recipe, field_values  # here, since it loads torch, and the commands begin without
+    docs, values = docments(Recipe), field_values()
     group = parser.add_argument_group("fields of the recipe; not given: its own value [in brackets: that of stated]")
     for f in fields(Recipe):
         if names is None or f.name in names:
             group.add_argument(f'--{f.name.replace("_", "-")}', type=f.type, metavar=f'({f.type.__name__})',
-                               help=f'{docs[f.name]} [{f.default}]')
+                               help=f'{docs[f.name]}: {values[f.name]} [{f.default}]')
 
 # %% ../nbs/09_command.ipynb #9ce1c10e
 _kinds = {int: 'a whole number', float: 'a number'}
@@ -84,9 +85,16 @@ def _parsed(kind, text):
 def command_parser(
     func, # Its parameters and their comments are the options
     names=None, # Fields of the recipe that are options too; None: all
+    values=None, # What parameters of `func` take, a text for each, which their help ends with; None: it is in the comments
 ): # An argparse parser
     "The parser for the command line of `func`; what is wrong there ends in `complain`"
     p = anno_parser(func, prog=func.__name__)
+    p.allow_abbrev = False
+    for k, v in (values or {}).items():
+        option = next(a for a in p._actions if a.dest == k)
+        option.help = f'{option.help}: {v}'
+    more = [f'[{a.dest} ...]' for a in p._actions if not a.option_strings]
+    p.usage = ' '.join([p.prog, '[options]', *more])  # a list of all of them takes a dozen lines, and is below
     p.add_argument('--version', action='version', version=f's9_fastai {__version__}')
     recipe_options(p, names)
     p.error = partial(complain, p.prog)
@@ -94,11 +102,21 @@ def command_parser(
     return p
 
 # %% ../nbs/09_command.ipynb #09fc1394
+def _refuse_unknown(parser, rest):
+    "End the command where arguments are left over, with the option that was probably meant"
+    if not rest: return
+    wrong = next((o for o in rest if o.startswith('--')), '').partition('=')[0]
+    known = [o for o in parser._option_string_actions if o not in ('--pdb', '--xtra')]
+    near = difflib.get_close_matches(wrong, known, 1, 0.8)
+    parser.error(f'unrecognized arguments: {" ".join(rest)}' + (f'; did you mean {near[0]}?' if near else ''))
+
 def parsed_options(
     parser, # From `command_parser`
 )->dict: # Values by name; None for what is not given
-    "The options of the command line"
-    args = vars(parser.parse_args())
+    "The options of the command line, each written in full"
+    args, rest = parser.parse_known_args()
+    _refuse_unknown(parser, rest)
+    args = vars(args)
     for k in ('pdb', 'xtra'):  # of fastcore, for its own commands
         if args.pop(k) not in (None, False): parser.error(f'unrecognized arguments: --{k}')
     for k, v in args.items():  # `--out=--` is the empty list for some versions of argparse
@@ -116,9 +134,11 @@ def _leave_quietly():
 def run_command(
     func, # Its parameters and their comments are the options
     names=None, # Fields of the recipe that are options too; None: all
+    values=None, # As for `command_parser`
+    parser=None, # Ready-made, such as a `stored_parser`; None: a `command_parser`
 ):
     "Call `func` with the options of the command line; what goes wrong ends in `complain`"
-    p = command_parser(func, names)
+    p = parser or command_parser(func, names, values)
     for f in (sys.stdout, sys.stderr):  # names of folders need not be text
         if hasattr(f, 'reconfigure'): f.reconfigure(errors='backslashreplace')
     args = parsed_options(p)

@@ -16,7 +16,8 @@ from fastai.vision.core import TensorImage
 from fasttransform import Transform
 
 from .cifar import CLASSES, Cifar10, load_cifar
-from .facts import is_there, one_line, read_errors, shown
+from .facts import one_line, shown
+from .paths import image_path
 
 # %% ../nbs/04_readers.ipynb #6dda0569
 class ImageArray(np.ndarray):
@@ -72,8 +73,7 @@ class ImageReader(CifarReader):
         return np.asarray(ImageOps.fit(im, (32, 32), Image.Resampling.BILINEAR)).view(ImageArray)
 
     def from_file(self, path):
-        with read_errors(path): what = 'not a file' if is_there(path) else 'no such file'
-        if not os.path.isfile(path): raise FileNotFoundError(f'{shown(path) or "(empty)"}: {what}; give an image file')
+        image_path(path)
         with warnings.catch_warnings():  # PIL only warns of what is large, up to twice its limit
             warnings.simplefilter('error', Image.DecompressionBombWarning)
             try: im = Image.open(path)

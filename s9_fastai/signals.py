@@ -8,8 +8,6 @@ __all__ = ['Stopped', 'SignalNote']
 # %% ../nbs/00_signals.ipynb #0b9c20a6
 import os, signal, threading
 
-from fastai.learner import Learner
-
 # %% ../nbs/00_signals.ipynb #1d336b14
 class Stopped(KeyboardInterrupt):
     "A fit that a signal has ended after its state was saved"
@@ -44,6 +42,7 @@ class SignalNote:
         "The handler"
         if os.getpid() != self.pid:  # a loader's worker: Ctrl-C is its parent's business, the rest is meant for it
             return None if signum == signal.SIGINT else os._exit(128 + signum)
+        from fastai.learner import Learner  # loaded long ago where a fit runs; a command needs `Stopped` before that
         while frame and frame.f_code is not Learner.fit.__code__: frame = frame.f_back
         if frame and self.signum is None: self.signum = signum
         else:

@@ -7,6 +7,9 @@ import os
 import re
 import subprocess
 import sys
+import warnings
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 
 import matplotlib
@@ -19,25 +22,40 @@ from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger, ProgressCallback, ShowGraphCallback
 from fastai.callback.schedule import ParamScheduler
-from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+from fastai.callback.tracker import EarlyStoppingCallback, ReduceLROnPlateau, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
 from fastai.callback.core import Callback
+from fastai.data.block import CategoryBlock, DataBlock, MultiCategoryBlock, RegressionBlock, TransformBlock
+from fastai.data.core import DataLoaders
+from fastai.data.transforms import IntToFloatTensor, ToTensor
 from fastai.interpret import ClassificationInterpretation
 from fastai.learner import Learner, load_learner
-from fastai.metrics import accuracy, top_k_accuracy
+from fastai.losses import BCEWithLogitsLossFlat, MSELossFlat
+from fastai.metrics import accuracy, accuracy_multi, error_rate, rmse, top_k_accuracy
+from fastai.optimizer import Adam, Lamb, OptimWrapper
 from fastai.torch_core import set_seed
+from fastai.vision.augment import Resize
 from fastai.vision.core import PILImage, PILImageBW
+from fastai.vision.data import ImageBlock, ImageDataLoaders
 from fastcore.basics import noop
 from PIL import Image
 from torch.nn import functional as F
 
+import s9_fastai.learner
+from s9_fastai.augment import POLICIES
+from s9_fastai.command import command_parser
+from s9_fastai.data import AUGMENTS, KeyedDL
+from s9_fastai.net import NORMS, Net
+from s9_fastai.schedule import MODES, PlateauLR, TriangularLR
 import fastai.vision.learner  # how fastai lays out pictures; that the package needs no such import is a test of its own
 from s9_fastai.cifar import CLASSES, Cifar10, Split
 from s9_fastai.data import cifar_block, cifar_dls
-from s9_fastai.learner import get_recipe, s9_learner
+from s9_fastai.learner import Recipe, check_inputs, get_recipe, s9_learner
 from s9_fastai.record import EpochRecorder
 from s9_fastai.schedule import StepLR
+from s9_fastai.predict import main_predict, s9_predict
 from s9_fastai.test_utils import synth_images
+from s9_fastai.train import main_summary, main_train, s9_summary, s9_train
 import albumentations as A
 
 names = ['epoch', 'train_loss', 'valid_loss', 'train_accuracy', 'valid_accuracy', 'lr', 'time']
@@ -563,3 +581,199 @@ def test_a_loaded_learner_validates_and_can_be_trained_on_other_data(mk, tmp_pat
     np.testing.assert_allclose(loaded.validate(), learn.validate(), rtol=1e-5)
     loaded.fit(2)
     assert loaded.recorder.lrs[::4] == [0.05, 0.025] and loaded.recipe == learn.recipe
+
+
+# --- other data
+
+def folder_of(path, n_classes, size=32, mode='RGB', per_class=6):
+    "PNG files in a folder for each class"
+    for i in range(n_classes*per_class):
+        im = Image.fromarray(synth_images(n_classes*per_class, seed=2)[0][i]).resize((size, size)).convert(mode)
+        (d := path/f'class{i%n_classes:02}').mkdir(parents=True, exist_ok=True)
+        im.save(d/f'{i}.png')
+    return path
+
+
+def block_dls(path, x=ImageBlock, y=CategoryBlock, get_y=lambda p: p.parent.name, bs=8, **kwargs):
+    "Plain loaders of a `DataBlock`, nothing of this package in them"
+    block = DataBlock((x, y), get_items=lambda p: sorted(p.rglob('*.png')), get_y=get_y, **kwargs)
+    return block.dataloaders(path, bs=bs, device='cpu', num_workers=0)
+
+
+@pytest.mark.parametrize('n, size', [(3, 32), (14, 32), (3, 64)])
+def test_outputs_are_the_classes_of_the_loaders(mk, tmp_path, n, size):
+    "More than ten, fewer than ten, larger images; the run goes on, and its recipe is the one that was given"
+    dls = ImageDataLoaders.from_folder(folder_of(tmp_path/'data', n, size), valid_pct=0.25, seed=1, bs=8, device='cpu', num_workers=0)
+    recipe = get_recipe('fast', n_channels=4, epochs=2)
+    learn = mk(recipe, dls, run_dir=tmp_path/'run')
+    assert learn.model.fc.out_features == n == dls.c
+    learn.fit(1)
+    again = mk(recipe, dls, run_dir=tmp_path/'run', force=True)  # a triangle of two epochs is another one
+    with pytest.warns(UserWarning, match='n_epoch was 1, is 2'): again.fit(2)
+    assert np.isfinite(row(again)['valid_loss']) and again.recipe == recipe
+    assert again.get_preds()[0].shape[1] == n and again.predict(dls.train_ds.items[0])[0] in dls.vocab
+
+
+def test_pretrained_weights_are_of_cifars_classes(tmp_path, fault):
+    folder_of(tmp_path, 3)
+    with pytest.raises(ValueError, match='pretrained weights are of the 10 classes of CIFAR-10, but these loaders have 3 others: leave pretrained out') as e:
+        s9_learner(block_dls(tmp_path), pretrained=True)
+    fault('training', 'pretrained weights for other classes', e.value)
+    folder_of(tmp_path/'ten', 10, per_class=2)
+    with pytest.raises(ValueError, match='these loaders have 10 others'): s9_learner(block_dls(tmp_path/'ten'), pretrained=True)
+    for i, c in enumerate(CLASSES): (tmp_path/'ten'/f'class{i:02}').rename(tmp_path/'ten'/c)
+    same = s9_learner(block_dls(tmp_path/'ten'), pretrained=True).model
+    assert all(torch.equal(a, b) for a, b in zip(same.parameters(), Net.pretrained().parameters()))
+
+
+def test_loaders_without_classes_are_refused():
+    dls = DataLoaders(tiny_dls().train, tiny_dls().valid)
+    with pytest.raises(ValueError, match='neither c nor vocab, so the number of classes cannot be told: set it, such as dls.c = 10'):
+        s9_fastai.learner.n_classes(DataLoaders([], []))
+    assert s9_fastai.learner.n_classes(dls) == 10
+
+
+noise = [  # what is wrong, the loaders, the message, and the loaders or arguments that the message advises
+    ('grey images', dict(x=ImageBlock(PILImageBW)), r'shape \[8, 1, 32, 32\], but Net takes one batch of images \(B, 3, H, W\) with H and W at least 31: read grey images in colour',
+     dict(x=ImageBlock(PILImage)), {}),
+    ('small images', {}, r'shape \[8, 3, 28, 28\].*make them larger, with item_tfms=Resize\(32\)', dict(item_tfms=Resize(32)), {}),
+    ('images of whole numbers', dict(x=TransformBlock(type_tfms=PILImage.create, item_tfms=ToTensor)), r'the images are uint8, but Net takes float32: add IntToFloatTensor\(\)',
+     dict(x=TransformBlock(type_tfms=PILImage.create, item_tfms=ToTensor), batch_tfms=IntToFloatTensor()), {}),
+    ('several labels an image', dict(y=MultiCategoryBlock, get_y=lambda p: [p.parent.name]), r"labels are float32 of shape \[8, 3\].*cross entropy takes one of 3 classes.*give another loss_func",
+     dict(y=MultiCategoryBlock, get_y=lambda p: [p.parent.name]), dict(loss_func=BCEWithLogitsLossFlat(), metrics=accuracy_multi)),
+    ('numbers as labels', dict(y=RegressionBlock, get_y=lambda p: float(p.parent.name[-1])), r"labels are float32 of shape \[8\].*give another loss_func",
+     dict(y=RegressionBlock, get_y=lambda p: float(p.parent.name[-1])), dict(loss_func=MSELossFlat(), metrics=rmse))]
+
+
+@pytest.mark.parametrize('what, bad, msg, advised, kwargs', noise, ids=[o[0] for o in noise])
+def test_what_net_cannot_take_is_refused_before_the_training(mk, tmp_path, fault, what, bad, msg, advised, kwargs):
+    "And what the message advises trains"
+    folder_of(tmp_path, 3, 28 if what == 'small images' else 32, 'L' if what == 'grey images' else 'RGB')
+    with pytest.raises(ValueError, match=msg) as e: mk(dls=block_dls(tmp_path, **bad))
+    fault('training', f's9_learner with {what}', e.value)
+    learn = mk(get_recipe(n_channels=4), block_dls(tmp_path, **advised), **kwargs)
+    learn.fit(1)
+    assert np.isfinite(row(learn)['valid_loss'])
+
+
+def test_several_inputs_are_refused(tmp_path):
+    block = DataBlock((ImageBlock, ImageBlock, CategoryBlock), n_inp=2, get_items=lambda p: sorted(p.rglob('*.png')), getters=[None, None, lambda p: p.parent.name])
+    dls = block.dataloaders(folder_of(tmp_path, 3), bs=8, device='cpu', num_workers=0)
+    with pytest.raises(ValueError, match='a batch begins with 2 inputs, .*take a network of your own in a Learner'): s9_learner(dls)
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(dl_type=KeyedDL)], ids=['TfmdDL', 'KeyedDL'])
+def test_the_look_at_a_batch_leaves_no_trace(tmp_path, kwargs):
+    folder_of(tmp_path, 3)
+    seen = []
+    for look in (False, True):
+        set_seed(3)
+        dls = block_dls(tmp_path, **kwargs)
+        if look: check_inputs(dls, 3)
+        seen.append([torch.rand(1), *(x for _ in '12' for x, _ in dls.train), torch.rand(1), *(dls.one_batch()[0],)])
+    assert all(torch.equal(a, b) for a, b in zip(*seen, strict=True))
+
+
+# --- other parts
+
+optimizers = [Adam, partial(Lamb, mom=0.8), partial(OptimWrapper, opt=torch.optim.AdamW), partial(OptimWrapper, opt=torch.optim.SGD, momentum=0.9)]
+
+
+@pytest.mark.parametrize('opt_func', optimizers, ids=['Adam', 'Lamb', 'AdamW', "torch's SGD"])
+def test_other_optimizers_and_metrics(mk, opt_func):
+    learn = mk(get_recipe('fast', n_channels=4), opt_func=opt_func, metrics=[error_rate, accuracy], lr=1e-3)
+    before = flat(learn)
+    learn.fit(2)
+    assert not torch.equal(flat(learn), before) and row(learn)['valid_error_rate'] + row(learn)['valid_accuracy'] == pytest.approx(1)
+    assert max(learn.recorder.lrs) <= 1e-3
+
+
+@pytest.mark.parametrize('cb', [StepLR(3), TriangularLR(), PlateauLR(), ReduceLROnPlateau(), ParamScheduler({'lr': lambda pct: 0.1})], ids=lambda cb: type(cb).__name__)
+def test_a_schedule_beside_the_recipes_is_refused(mk, fault, cb):
+    msg = f"{type(cb).__name__} in cbs sets the learning rate, and so does sched 'step' of the recipe: give get_recipe\\(\"stated\", sched=\"none\"\\) as the recipe"
+    for cbs in (cb, [cb]):
+        with pytest.raises(ValueError, match=msg) as e: mk(cbs=cbs)
+    if type(cb) is TriangularLR: fault('training', 'a schedule beside that of the recipe', e.value)
+    learn = mk(get_recipe('stated', sched='none', n_channels=4), cbs=cb)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        learn.fit(1)
+
+
+def test_the_schedule_of_a_fit_needs_no_warning(mk):
+    learn = mk(get_recipe(n_channels=4))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        learn.fit_one_cycle(1), learn.fit_step(1, warmup=1), learn.fit(1, cbs=TriangularLR())
+
+
+# --- the help
+
+mains = {'s9_train': main_train, 's9_summary': main_summary, 's9_predict': main_predict}
+
+
+@pytest.fixture
+def typed(monkeypatch, capsys):
+    "What a command prints when it ends at once, and what it complains of"
+    def _inner(command, *args, width='80'):
+        monkeypatch.setenv('COLUMNS', width)
+        monkeypatch.setattr(sys, 'argv', [command, *args])
+        with pytest.raises(SystemExit): mains[command]()
+        return capsys.readouterr()
+    return _inner
+
+
+own = s9_fastai.learner
+new = [('norm', NORMS, 'rms', ('root mean square', None)), ('policy', POLICIES, 'mine', None), ('augment', AUGMENTS, 'twice', ('two times', None)),
+       ('sched', MODES, 'cosine', 'half a wave'), ('opt', own._names['opt'], 'adam', 'the usual'), ('compute', own._names['compute'], 'half', 'in float16')]
+
+
+@pytest.mark.parametrize('field, where, name, what', new, ids=[o[0] for o in new])
+def test_a_new_choice_is_in_the_help(typed, monkeypatch, field, where, name, what):
+    def of_field(text): return ' '.join(text.out.split()).split(f'--{field} (str) ')[1].split(' --')[0]
+    before = of_field(typed('s9_train', '--help'))
+    assert all(repr(k) in before for k in where) and repr(name) not in before
+    monkeypatch.setitem(where, name, what)
+    about = what[0] if isinstance(what, tuple) else what
+    assert (f'{name!r} ({about})' if about else repr(name)) in of_field(typed('s9_train', '--help'))
+
+
+def test_a_new_range_is_in_the_help(typed, monkeypatch):
+    assert 'Images a batch: 1 to 1048576 [128]' in typed('s9_train', '--help').out
+    monkeypatch.setitem(own._ranges, 'bs', (3, 77))
+    assert 'Images a batch: 3 to 77 [128]' in typed('s9_train', '--help').out
+    with pytest.raises(ValueError, match='bs is 2, but must be 3 to 77'): get_recipe(bs=2)
+
+
+def test_every_field_says_what_it_takes():
+    assert {*own.field_values()} == {f.name for f in fields(Recipe)} == {*own._ranges, *own._names, *own._others}
+
+
+@pytest.mark.parametrize('command', mains)
+def test_the_help_fits_80_columns(typed, command):
+    text = typed(command, '--help').out
+    assert max(map(len, text.splitlines())) <= 80 and text.startswith(f'usage: {command} [options]') and '--version' in text
+
+
+flags = [(c, flag) for c, f in (('s9_train', s9_train), ('s9_summary', s9_summary), ('s9_predict', s9_predict))
+         for flag in command_parser(f, () if c == 's9_predict' else None)._option_string_actions if flag.startswith('--') and flag not in ('--pdb', '--xtra')]
+
+
+@pytest.mark.parametrize('command', mains)
+def test_options_are_written_in_full(typed, command):
+    for flag in [flag for c, flag in flags if c == command]:
+        out, err = typed(command, flag[:-1], '3')
+        assert out == '' and f'unrecognized arguments: {flag[:-1]}' in err and err.count('\n') == 1
+
+
+def test_the_option_that_was_meant_is_named(typed):
+    for wrong, meant in (('--epoch', '--epochs'), ('--epoch=3', '--epochs'), ('--batch', None), ('--labelsmoothing', '--label-smoothing'), ('--held_out', '--held-out')):
+        err = typed('s9_train', '--data', 'sample', wrong).err
+        assert f'unrecognized arguments: {wrong}' in err and (f'; did you mean {meant}? (see' in err if meant else 'mean' not in err)
+
+
+def test_no_script_takes_abbreviations():
+    root = Path(__file__).resolve().parent.parent
+    made = {p.name: p.read_text(encoding='utf-8') for d in ('benchmarks', 'tools') for p in (root/d).glob('*.py')}
+    parsers = [line for text in made.values() for line in text.splitlines() if 'ArgumentParser(' in line]
+    assert len(parsers) > 4 and [line for line in parsers if 'allow_abbrev=False' not in line] == []

@@ -3,6 +3,7 @@ import copy
 import csv
 import inspect
 import pickle
+import warnings
 from functools import partial
 from pathlib import Path
 
@@ -18,7 +19,9 @@ from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import noop
 
-from s9_fastai.schedule import PlateauLR, StepLR, TriangularLR, lr_scheduler, lr_setters
+from s9_fastai.checkpoint import Checkpoint
+from s9_fastai.saved import CannotGoOn
+from s9_fastai.schedule import MODES, PlateauLR, StepLR, TriangularLR, lr_scheduler, lr_setters, stretches
 from s9_fastai.test_utils import synth_dls, synth_groups, synth_learner, synth_model
 
 nb = 2  # batches an epoch of `mk`
@@ -69,6 +72,79 @@ class Rates(Callback):
 def test_rate_equals_torch(step, gamma):
     bases, sched = [0.05, 0.003, 1.], StepLR(step, gamma)
     assert [[sched.rate(b, e) for b in bases] for e in range(200)] == torch_rates(bases, 200, step, gamma)
+
+
+def torch_warm_rates(bases, n, gamma, step_size=25, milestones=None, warmup=0, start_factor=1/3):
+    "The same with milestones, and after a `LinearLR`"
+    opt = torch.optim.SGD([{'params': [torch.zeros(1, requires_grad=True)], 'lr': b} for b in bases], lr=1.)
+    make = torch.optim.lr_scheduler
+    sched, res = make.MultiStepLR(opt, milestones, gamma) if milestones else make.StepLR(opt, step_size, gamma), []
+    if warmup: sched = make.SequentialLR(opt, [make.LinearLR(opt, start_factor, total_iters=warmup), sched], [warmup])
+    for _ in range(n):
+        res.append([g['lr'] for g in opt.param_groups])
+        opt.step()
+        sched.step()
+    return res
+
+
+milestones_and_warmups = [dict(milestones=[30, 60, 80]), dict(milestones=(1, 2, 3)), dict(milestones=[150]), dict(milestones=[7], warmup=1),
+                          dict(milestones=[30, 60, 80], warmup=5), dict(warmup=5), dict(warmup=29, start_factor=1.),
+                          dict(step_size=7, warmup=10, start_factor=1e-3), dict(step_size=1, warmup=100, start_factor=0.1)]
+
+
+@pytest.mark.parametrize('gamma', [0.1, 0.3, 1.1])
+@pytest.mark.parametrize('kwargs', milestones_and_warmups, ids=str)
+def test_milestones_and_warmup_equal_torch(kwargs, gamma):
+    bases, sched = [0.05, 0.003, 1.], StepLR(gamma=gamma, **kwargs)
+    assert [[sched.rate(b, e) for b in bases] for e in range(200)] == torch_warm_rates(bases, 200, gamma, **kwargs)
+
+
+@pytest.mark.parametrize('kwargs', [dict(milestones=[2, 5], warmup=3, start_factor=0.1), dict(step_size=2, warmup=2)], ids=str)
+def test_milestones_and_warmup_in_a_learner(mk, kwargs):
+    ref = torch_warm_rates([0.01, 0.1], 10, 0.1, **kwargs)
+    learn = mk(rates := Rates(), splitter=synth_groups)
+    learn.fit_step(10, [0.01, 0.1], gamma=0.1, **kwargs)
+    assert [r for _, r in rates.seen[::nb]] == ref
+    rates.seen.clear()
+    learn.fit_step(10, [0.01, 0.1], gamma=0.1, start_epoch=4, **kwargs)
+    assert [r for _, r in rates.seen[::nb]] == ref[4:]
+
+
+class Die(Exception): "In the middle of a run"
+
+
+class Kill(Callback):
+    "Ends a fit after the batches of one epoch, as if the process had been killed"
+    at = None  # of the class, since what an instance has comes back with a checkpoint
+    def after_train(self):
+        if self.epoch == self.at: raise Die('killed')
+
+
+@pytest.mark.parametrize('epoch', [1, 4])
+def test_a_warm_up_and_milestones_resume(mk, tmp_path, monkeypatch, epoch):
+    "In the middle of the warm-up, and after the first milestone; whatever the length, since nothing stretches"
+    kwargs = dict(gamma=0.1, milestones=[2, 4], warmup=2)
+    whole = mk(StepLR(**kwargs), seed=1)
+    whole.fit(8, 0.1)
+    learn, again = (mk(StepLR(**kwargs), Checkpoint(tmp_path/'run'), Kill(), seed=1) for _ in range(2))
+    with monkeypatch.context() as m, pytest.raises(Die):
+        m.setattr(Kill, 'at', epoch)
+        learn.fit(5, 0.1)
+    again.fit(8, 0.1)
+    assert again.recorder.hps['lr'][-nb:] == whole.recorder.hps['lr'][-nb:] == [r for r, in torch_warm_rates([0.1], 8, **kwargs)[-1:]]*nb
+    assert all(torch.equal(a, b) for a, b in zip(whole.model.parameters(), again.model.parameters()))
+    assert not stretches([StepLR(**kwargs)])
+
+
+@pytest.mark.parametrize('changed', [dict(milestones=[2, 5]), dict(warmup=1), dict(start_factor=0.5), dict(gamma=0.2)], ids=str)
+def test_a_resume_with_another_schedule_is_refused_or_forced(mk, tmp_path, changed):
+    kwargs = dict(gamma=0.1, milestones=[2, 4], warmup=2)
+    now = {**kwargs, **changed}
+    mk(StepLR(**kwargs), Checkpoint(tmp_path/'run')).fit(2, 0.1)
+    with pytest.raises(CannotGoOn, match='callbacks was .*warmup=|callbacks was .*start_factor='): mk(StepLR(**now), Checkpoint(tmp_path/'run')).fit(8, 0.1)
+    learn = mk(StepLR(**now), Checkpoint(tmp_path/'run', force=True))
+    with pytest.warns(UserWarning, match='goes on with changed settings'): learn.fit(8, 0.1)
+    assert learn.recorder.hps['lr'][-1] == torch_warm_rates([0.1], 8, **now)[-1][0]
 
 
 class DryLearner(Learner):
@@ -234,6 +310,44 @@ def test_works_beside_a_scheduler_of_something_else(mk):
     assert learn.recorder.lrs[::nb] == [0.1, 0.05]
 
 
+def warm(): return ParamScheduler({'lr': SchedCos(0.01, 0.1)})
+
+
+both = {  # callbacks of the Learner, callbacks of the fit, who sets the rate, who does nothing
+    'attached': ([StepLR(1), warm()], [], ParamScheduler, StepLR), 'attached, the other way round': ([warm(), StepLR(1)], [], ParamScheduler, StepLR),
+    'handed to one fit': ([], [StepLR(1), warm()], ParamScheduler, StepLR), 'handed to one fit, the other way round': ([], [warm(), StepLR(1)], ParamScheduler, StepLR),
+    'steps for a fit of a Learner with another': ([warm()], [StepLR(1)], ParamScheduler, StepLR),
+    'two of ours attached': ([StepLR(1), TriangularLR()], [], TriangularLR, StepLR), 'two of ours in one fit': ([], [TriangularLR(), StepLR(1)], StepLR, TriangularLR),
+    'a plateau attached': ([PlateauLR(), StepLR(1)], [], StepLR, PlateauLR), "fastai's plateau": ([StepLR(1)], [ReduceLROnPlateau()], StepLR, ReduceLROnPlateau),
+    "fastai's plateau attached": ([ReduceLROnPlateau(), TriangularLR()], [], TriangularLR, ReduceLROnPlateau)}
+
+
+@pytest.mark.parametrize('what', both)
+def test_two_that_set_the_rate_are_named(mk, fault, what):
+    attached, brought, setter, idle = both[what]
+    learn = mk(*attached)
+    with pytest.warns(UserWarning, match=f'{setter.__name__} sets the learning rate of this fit, so {idle.__name__} does nothing: take one of them out') as found:
+        learn.fit(2, 0.1, cbs=brought)
+    assert len(found) == 1
+    if what == 'attached': fault('training', 'two schedules in one fit', found[0].message)
+    done = next(cb for cb in [*attached, *brought] if type(cb) is setter)
+    alone = mk(done)
+    alone.fit(2, 0.1)
+    assert learn.recorder.hps['lr'] == alone.recorder.hps['lr']
+
+
+@pytest.mark.parametrize('attached', [StepLR(1), TriangularLR(), PlateauLR()], ids=lambda cb: cb.name)
+@pytest.mark.parametrize('do', [
+    one_cycle, flat_cos, sgdr, fine_tune, lambda learn: learn.fit(2), lambda learn: learn.fit_step(2), lambda learn: learn.fit(2, cbs=StepLR(1)),
+    lambda learn: learn.fit(2, cbs=warm()), lambda learn: learn.fit(2, start_epoch=1, cbs=TriangularLR()), Learner.validate, Learner.get_preds,
+    lambda learn: learn.lr_find(num_it=3, show_plot=False, suggest_funcs=None), lambda learn: learn.fit(1, cbs=ParamScheduler({'mom': SchedCos(0.9, 0.8)}))])
+def test_a_fit_may_bring_its_own_without_a_warning(mk, attached, do):
+    learn = mk(attached, splitter=synth_groups)
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        do(learn)
+
+
 def test_lr_find_is_left_alone(mk):
     plain, stepped = mk(), mk(StepLR(1, 0.1))
     for learn in (plain, stepped):
@@ -346,7 +460,7 @@ def test_fit_step_puts_the_attached_one_back_after_an_error(mk):
 def test_defaults_have_one_home():
     ref = inspect.signature(StepLR).parameters
     for f in (Learner.fit_step, lr_scheduler):
-        for name in ('step_size', 'gamma'): assert inspect.signature(f).parameters[name].default == ref[name].default
+        for name in ('step_size', 'gamma', 'milestones', 'warmup', 'start_factor'): assert inspect.signature(f).parameters[name].default == ref[name].default
 
 
 # -- errors
@@ -364,16 +478,36 @@ def test_bad_gamma(value):
     assert str(e.value) == f'gamma is {value!r}: it is a factor; give a finite number above 0, such as 0.5'
 
 
-def test_whole_epochs_only():
-    with pytest.raises(TypeError): StepLR().rate(0.05, 0.29*100)
+@pytest.mark.parametrize('value', [(), (30, 20), (5, 5), (0, 3), (2.5,), [True], 30, 'ab', {}])
+def test_bad_milestones(value):
+    with pytest.raises(ValueError, match='milestones? is .*(one or more that rise, such as|an integer of at least 1)'): StepLR(milestones=value)
+
+
+def test_steps_are_even_or_at_milestones():
+    with pytest.raises(ValueError, match='step_size is 10 and milestones are .30, 60.: give one of them'): StepLR(10, milestones=(30, 60))
+
+
+@pytest.mark.parametrize('kwargs, msg', [(dict(warmup=-1), 'warmup is -1: it counts whole epochs; give an integer of at least 0'), (dict(warmup=2.), 'warmup is 2.0'),
+                                         (dict(warmup=True), 'warmup is True'), (dict(start_factor=0), 'start_factor is 0: it is a factor; give a number above 0 and up to 1'),
+                                         (dict(start_factor=1.1), 'start_factor is 1.1'), (dict(start_factor=float('nan')), 'start_factor is nan')])
+def test_bad_warmups(kwargs, msg):
+    with pytest.raises(ValueError, match=msg): StepLR(**kwargs)
+
+
+@pytest.mark.parametrize('kwargs', [{}, dict(milestones=(30,)), dict(warmup=40)])
+def test_whole_epochs_only(kwargs):
+    with pytest.raises(TypeError): StepLR(**kwargs).rate(0.05, 0.29*100)
 
 
 def test_bad_modes():
     with pytest.raises(ValueError, match="mode is 'cosine': .* 'step', 'triangle', 'plateau' or 'none'"): lr_scheduler('cosine')
     with pytest.raises(ValueError, match='patience is 0: it counts whole epochs'): lr_scheduler('plateau', patience=0)
     with pytest.raises(ValueError, match='gamma is 1.0: .* below 1'): lr_scheduler('plateau', gamma=1.)
-    for mode in ('step', 'triangle', 'plateau', 'none'):
+    for mode in MODES:
         with pytest.raises(ValueError, match='step_size is 0'): lr_scheduler(mode, step_size=0)
+        if mode == 'step': continue
+        for k, v in dict(milestones=(3,), warmup=5, start_factor=0.1).items():
+            with pytest.raises(ValueError, match=f"{k} is .*, but mode is '{mode}': give it with mode 'step' only"): lr_scheduler(mode, **{k: v})
 
 
 # -- plateau and none

@@ -1,35 +1,70 @@
 "The commands, as a user runs them: what they leave, what they print, and what they say when something is wrong"
 import json
 import os
+import re
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import asdict, fields
+from io import StringIO
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import numpy as np
 import pandas as pd
 import pytest
+from fastcore.xtras import working_directory
 from PIL import Image
 from safetensors.torch import load_file
 
+import s9_fastai.data
+from s9_fastai.cifar import load_cifar
 from s9_fastai.learner import RECIPES, Recipe
 from s9_fastai.net import Net
+from s9_fastai.options import STORED
 from s9_fastai.state import read_tensors
-from s9_fastai.train import BadInput, main_train, s9_train
+from s9_fastai.train import BadInput, main_summary, main_train, s9_train
 
-bin = Path(sys.executable).parent
+bin, root = Path(sys.executable).parent, Path(__file__).resolve().parent.parent
+posix = pytest.mark.skipif(os.name == 'nt', reason='needs a shell of POSIX')
 
 
-def command(*args, cwd=None):
+mains = dict(s9_train=main_train, s9_summary=main_summary)
+
+
+def process(*args, cwd=None):
+    "A command in a process of its own, as a user has it"
     return subprocess.run([bin/args[0], *map(str, args[1:])], capture_output=True, text=True, cwd=cwd)
+
+
+def command(*args, cwd='.'):
+    "A command in this process, which has torch loaded and the sample decoded"
+    out, err, code = StringIO(), StringIO(), 0
+    with working_directory(cwd), redirect_stdout(out), redirect_stderr(err), patch.object(sys, 'argv', [*map(str, args)]):
+        try: mains[args[0]]()
+        except SystemExit as e: code = e.code
+    return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
+
+
+@pytest.fixture(scope='module', autouse=True)
+def decoded():
+    sample = load_cifar('sample')
+    def load(path=None, **kwargs): return sample if path == 'sample' else load_cifar(path, **kwargs)
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(s9_fastai.data, 'load_cifar', load)
+        yield
 
 
 @pytest.fixture(scope='module')
 def run(tmp_path_factory):
     "One epoch on the sample, in a pipe"
     cwd = tmp_path_factory.mktemp('cwd')
-    done = command('s9_train', '--data', 'sample', '--epochs', 1, '--bs', 250, '--norm', 'ln', '--seed', 7, cwd=cwd)
+    done = process('s9_train', '--data', 'sample', '--epochs', 1, '--bs', 250, '--norm', 'ln', '--seed', 7, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done, next((cwd/'runs').iterdir())
 
@@ -55,9 +90,15 @@ def test_pictures_open(run):
 
 
 def test_a_pipe_gets_whole_lines(run):
-    out = run[0].stdout
-    assert out.count('\n') == 2 and '\r' not in out and '█' not in out and out.startswith('epoch   1  train_loss ')
-    assert f'{100*pd.read_csv(run[1]/"history.csv").valid_accuracy[0]:.2f}%' in out
+    first, epoch, *rest = run[0].stdout.splitlines()
+    assert first == f'to resume this run if it stops: s9_train --resume runs/{run[1].name}'
+    assert '\r' not in run[0].stdout and '█' not in run[0].stdout and epoch.startswith('epoch   1  train_loss ')
+    acc = pd.read_csv(run[1]/'history.csv').valid_accuracy[0]
+    assert rest == [f'test accuracy {acc:.2%} after 1 epoch; guessing one of 10 classes gives 10%',
+                    'that was with 2,000 training images, a sample of the 50,000 of CIFAR-10',
+                    'with all of them, the recipe fast gives 85.7% and best gives 90.4%',
+                    'next: s9_train --recipe fast (finds CIFAR-10, or downloads it: 168 MB)',
+                    f'your own images: s9_predict IMAGE... --run runs/{run[1].name}', f'the whole run is in runs/{run[1].name}']
 
 
 def test_nothing_else_is_printed(run): assert run[0].stderr == ''
@@ -88,6 +129,47 @@ def test_every_field_of_the_recipe_is_an_option():
     assert done.returncode == 0 and done.stderr == '' and max(map(len, text.splitlines())) < 125
     for f in fields(Recipe): assert f'--{f.name.replace("_", "-")} ({f.type.__name__})' in text and f'[{f.default}]' in text
     for o in ('--data', '--recipe', '--seed', '--workers', '--device', '--out', '--resume', '--force', '--save-every', '--deterministic'): assert f'{o} ' in text
+
+
+def test_the_stored_options_are_those_of_the_functions():
+    assert runpy.run_path(str(root/'tools'/'options.py'))['made']() == STORED.read_text(encoding='utf-8'), 'run python tools/options.py'
+
+
+light = {  # what needs no torch: options, exit code and message
+    's9_train --help': (0, '--n-channels (int)'), 's9_train --version': (0, 's9_fastai '), 's9_train --epochss 3': (2, 'unrecognized arguments: --epochss 3'),
+    's9_train --epochs three': (2, "'three' is not a whole number"), 's9_train --data nowhere': (2, 'nowhere: no such file or folder'),
+    's9_train --data sample --out FILE': (2, 'which is a file: name a folder'), 's9_train --resume nowhere': (2, 'no recipe.json there'),
+    's9_train --resume FILE': (2, 'a file; name the folder of a run'), 's9_train --data sample --distill 0.9 --teacher nowhere': (2, 'no recipe.json there'),
+    's9_summary --help': (0, '--norm (str)'), 's9_summary --speed': (2, 'unrecognized arguments: --speed'),
+    's9_predict --help': (0, 'Image files'), 's9_predict': (2, 'no image: name one or more files'), 's9_predict nofile.png': (2, 'nofile.png: no such file'),
+    's9_predict FILE --top 11': (2, 'top is 11'), 's9_predict FILE --run nowhere': (2, 'no recipe.json there'), 's9_predict FILE --rum x': (2, 'unrecognized arguments: --rum')}
+
+
+def test_what_is_wrong_at_once_is_said_without_torch(tmp_path):
+    "All in one process in which torch cannot be imported: whoever tried would end in an ImportError"
+    (tmp_path/'FILE').write_text('x')
+    code = """
+import json, sys
+from contextlib import redirect_stderr, redirect_stdout
+from io import StringIO
+sys.modules['torch'] = None
+from s9_fastai.predict import main_predict
+from s9_fastai.train import main_summary, main_train
+mains, found = dict(s9_train=main_train, s9_summary=main_summary, s9_predict=main_predict), {}
+for line in json.loads(sys.stdin.read()):
+    sys.argv, out, code = line.split(), StringIO(), 0
+    with redirect_stdout(out), redirect_stderr(out):
+        try: mains[sys.argv[0]]()
+        except SystemExit as e: code = e.code
+    found[line] = code, out.getvalue()
+print(json.dumps(found))
+"""
+    env = {k: v for k, v in os.environ.items() if k != 'S9_CIFAR10'}
+    done = subprocess.run([sys.executable, '-c', code], input=json.dumps([*light]), capture_output=True, text=True, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stderr
+    for line, (got, out) in json.loads(done.stdout).items():
+        want, msg = light[line]
+        assert got == want and msg in out and (got == 0 or out.count('\n') == 1 and out.startswith(f'{line.split()[0]}: ')), line
 
 
 bad = [('--recipe fastest', "'fastest', but must be one of stated, logged, sample, fast"), ('--epochs 0', 'epochs is 0, but must be 1 to 99999'),
@@ -140,15 +222,40 @@ def result(folder):
 def test_more_epochs_are_those_of_the_longer_run(runs, two):
     done = command('s9_train', '--resume', two, '--epochs', 3)
     assert (done.returncode, done.stderr) == (0, '') and 'going on from the end of epoch 2' in done.stdout
-    assert '\nepoch   3  ' in done.stdout and 'epoch   2  ' not in done.stdout and 'after 3 epochs; the whole run is in ' in done.stdout
+    assert '\nepoch   3  ' in done.stdout and 'epoch   2  ' not in done.stdout and 'after 3 epochs; guessing one of 10' in done.stdout
     assert result(two) == result(runs/'3') and result(two)['recipe']['epochs'] == 3
 
 
-def test_a_complete_run_says_so_and_stays_as_it_is(runs, two):
+def state(folder):
+    "Content and time of the last change of every file; the lock is empty"
+    return {p.relative_to(folder).as_posix(): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob('*') if p.is_file() and p.name != 'lock'}
+
+
+def test_a_finished_run_stays_as_it_is(runs, two):
+    before = state(two)
     done = command('s9_train', '--resume', two)
-    assert (done.returncode, done.stderr) == (0, '') and result(two) == result(runs/'2')
-    assert f'{two} has had its 2 epochs: nothing is left to train, but --epochs adds some\n' in done.stdout and 'epoch   ' not in done.stdout
-    for nm in ('curves.png', 'misclassified.png'): assert (two/nm).read_bytes() == (runs/'2'/nm).read_bytes()
+    assert (done.returncode, done.stderr) == (0, '') and 'epoch   ' not in done.stdout and 'train_loss' not in done.stdout
+    assert done.stdout.endswith(f'{two} is finished: it has had its 2 epochs, and its files are as they were. --epochs makes it longer\n')
+    assert [nm for nm, o in state(two).items() if o != before.get(nm)] == [] and len(before) > 8
+
+
+def test_of_a_finished_run_only_what_is_missing_or_damaged_is_written(runs, two):
+    before = state(two)
+    (two/'curves.png').unlink(), (two/'misclassified.png').write_bytes(b'?')
+    done = command('s9_train', '--resume', two)
+    assert done.returncode == 0 and 'written anew: curves.png, misclassified.png.' in done.stdout
+    now = state(two)
+    assert {nm for nm, o in now.items() if o != before[nm]} == {'curves.png', 'misclassified.png'}
+    assert [nm for nm, o in now.items() if o[0] != before[nm][0]] == []
+
+
+def test_pictures_of_a_shorter_training_are_replaced(runs, two):
+    "Killed between its last epoch and its pictures, which are whole, but of two epochs"
+    three = Path(shutil.copytree(runs/'3', two.parent/'three'))
+    for nm in ('curves.png', 'misclassified.png', 'weights.safetensors'): shutil.copy2(two/nm, three/nm)
+    assert command('s9_train', '--resume', three).returncode == 0
+    assert result(three) == result(runs/'3')
+    for nm in ('curves.png', 'misclassified.png'): assert (three/nm).read_bytes() == (runs/'3'/nm).read_bytes()
 
 
 def test_a_change_is_refused_or_forced_with_a_warning(runs, two):
@@ -188,7 +295,7 @@ def test_a_run_ends_where_it_is_told_to_end(two):
     recipe.write_text(json.dumps({**json.loads(recipe.read_text()), 'epochs': 3}))
     (two/'weights.safetensors').unlink()
     done = command('s9_train', '--resume', two, '--epochs', 2)
-    assert (done.returncode, done.stderr) == (0, '') and 'has had its 2 epochs' in done.stdout
+    assert (done.returncode, done.stderr) == (0, '') and 'it has had its 2 epochs; written anew: weights.safetensors.' in done.stdout
     told, about = json.loads(recipe.read_text()), read_tensors(two/'weights.safetensors')[1]
     assert told['epochs'] == json.loads(about['recipe'])['epochs'] == 2
     for k, v in load_file(two/'weights.safetensors').items(): assert v.equal(weights[k])
@@ -207,10 +314,28 @@ def test_a_name_that_is_no_text_in_a_terminal_that_knows_ascii_alone(tmp_path):
     assert done.returncode == 2 and done.stderr.count(b'\n') == 1 and done.stderr.isascii() and done.stdout == b''
 
 
-@pytest.mark.skipif(os.name == 'nt', reason='needs a shell of POSIX')
+@posix
 def test_a_command_whose_reader_has_gone():
     done = subprocess.run(['bash', '-c', f'{bin}/s9_summary | true; echo ${{PIPESTATUS[0]}}'], capture_output=True, text=True)
     assert (done.stdout, done.stderr) == ('141\n', '')
+
+
+@posix
+def test_a_training_whose_reader_has_gone_names_its_folder(tmp_path):
+    args = f'{bin}/s9_train --data sample --epochs 2 --bs 500 --n-channels 4 --out run'
+    done = subprocess.run(['bash', '-c', f'{args} | head -1; echo ${{PIPESTATUS[0]}}'], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == 'to resume this run if it stops: s9_train --resume run\n1\n'
+    assert done.stderr.count('\n') == 1 and done.stderr.endswith('Broken pipe. To go on from the last checkpoint: s9_train --resume run\n')
+
+
+@posix
+def test_ctrl_c_while_it_starts(tmp_path):
+    "Most of the first seconds go by while torch is imported"
+    p = subprocess.Popen([bin/'s9_train', '--data', 'sample', '--out', 'run'], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
+    time.sleep(1)
+    p.send_signal(signal.SIGINT)
+    out, err = p.communicate(timeout=100)
+    assert (p.returncode, out, err) == (130, '', 's9_train: stopped\n') and not (tmp_path/'run').exists()
 
 
 def test_summary_prints_the_table():
@@ -226,13 +351,24 @@ def test_from_python_bad_input_is_an_exception(tmp_path):
 
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='Windows has no pseudo-terminals')
-def test_a_terminal_gets_bars(tmp_path):
+def test_a_terminal_of_80_columns_gets_bars_and_a_table(tmp_path):
+    import fcntl
+    import struct
+    import termios
     master, slave = os.openpty()
-    p = subprocess.Popen([bin/'s9_train', '--data', 'sample', '--epochs', '1', '--bs', '500', '--out', tmp_path/'run'], stdout=slave, stderr=slave)
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 80, 0, 0))
+    env = {k: v for k, v in os.environ.items() if k != 'COLUMNS'}
+    args = ['--data', 'sample', '--epochs', '1', '--bs', '500', '--out', 'run']
+    p = subprocess.Popen([bin/'s9_train', *args], stdin=slave, stdout=slave, stderr=slave, cwd=tmp_path, env=env)
     os.close(slave)
     seen = b''
     try:
         while data := os.read(master, 4096): seen += data
     except OSError: pass  # how Linux tells that the other end is closed
     text = seen.decode(errors='replace')
-    assert p.wait() == 0 and 'Epoch 1/1' in text and '█' in text and 'train_accuracy' in text
+    lines = re.split('[\r\n]+', text)
+    assert p.wait() == 0 and 'Epoch 1/1' in text and '█' in text
+    assert max(map(len, lines)) <= 80
+    head = next(i for i, ln in enumerate(lines) if ln.startswith('epoch  train_loss  valid_loss  train_accuracy  valid_accuracy  lr        time'))
+    assert any(re.match(r'1      \d\.\d{6}    \d\.\d{6}    ', ln) for ln in lines[head:]), 'epochs count from 1, as the bar does'
+    assert pd.read_csv(tmp_path/'run'/'history.csv').epoch.tolist() == [1]

@@ -49,7 +49,7 @@ def sample_bytes(
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     p.add_argument('src', type=Path, help="archive or folder of CIFAR-10 in fastai's layout")
     p.add_argument('--out', type=Path, default=SAMPLE, help='file to write (default: the one in the package)')
     p.add_argument('--check', action='store_true', help='write nothing, compare')
