@@ -125,18 +125,18 @@ class Recipe:
     def scheduler(self)->list:
         return lr_scheduler(self.sched, rise=self.rise, step_size=self.step_size, gamma=self.gamma)
 
-# %% ../nbs/08_learner.ipynb #8bc30e91
+# %% ../nbs/08_learner.ipynb #2cfbe752
 def field_values()->dict: # Such as `0 to below 1`, or `'fast' (…) or 'plain' (…)`, by field
     "What each field of a `Recipe` takes, as a text"
     choices = {**_names, **_others}
     return {f.name: listed(choices[f.name]) if f.name in choices else _span(f) for f in fields(Recipe)}
 
 # %% ../nbs/08_learner.ipynb #d5233fb1
-RECIPES = {
-    'stated': Recipe(), 'logged': Recipe(step_size=20, dropout=0.05), 'sample': Recipe(epochs=12, bs=32),
-    'fast': Recipe(dropout=0., policy='flip_crop', augment='batch', epochs=11, opt='muon', lr=0.3, wd=1e-3,
-                   sched='triangle', average=0.03)}
-RECIPES['best'] = replace(RECIPES['fast'], epochs=150, policy='flip_crop_cutout')
+_fast = Recipe(dropout=0., policy='flip_crop', augment='batch', epochs=11, opt='muon', lr=0.3, wd=1e-3,
+               sched='triangle', average=0.03)
+RECIPES = {'stated': Recipe(), 'logged': Recipe(step_size=20, dropout=0.05),
+           'sample': replace(_fast, epochs=28, bs=64, lr=0.6), 'fast': _fast,
+           'best': replace(_fast, epochs=150, policy='flip_crop_cutout')}
 
 # %% ../nbs/08_learner.ipynb #8f1ffcf1
 _heard = dict(rise=('triangle',), step_size=('step',), gamma=('step', 'plateau'))  # schedules that use a field
@@ -177,7 +177,7 @@ def check_batches(
         raise ValueError(f'bs is {bs}, so that a batch of the {n} training images has only 1 image, of which batch '
                          f"norm can make nothing: take another bs, such as {bs + 1}, or norm='gn'")
 
-# %% ../nbs/08_learner.ipynb #36ba3907
+# %% ../nbs/08_learner.ipynb #b1a25035
 def n_classes(
     dls:DataLoaders, # Of any data with classes
 )->int: # Outputs of a Net that learns from `dls`
