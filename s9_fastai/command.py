@@ -85,7 +85,7 @@ def _parsed(kind, text):
 def command_parser(
     func, # Its parameters and their comments are the options
     names=None, # Fields of the recipe that are options too; None: all
-    values=None, # What parameters of `func` take, a text for each, which their help ends with; None: it is in the comments
+    values=None, # What parameters of `func` take, a text for each, with which their help ends; None: no more
 ): # An argparse parser
     "The parser for the command line of `func`; what is wrong there ends in `complain`"
     p = anno_parser(func, prog=func.__name__)

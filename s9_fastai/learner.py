@@ -125,18 +125,18 @@ class Recipe:
     def scheduler(self)->list:
         return lr_scheduler(self.sched, rise=self.rise, step_size=self.step_size, gamma=self.gamma)
 
-# %% ../nbs/08_learner.ipynb #8bc30e91
+# %% ../nbs/08_learner.ipynb #fc2cfc6e
 def field_values()->dict: # Such as `0 to below 1`, or `'fast' (…) or 'plain' (…)`, by field
     "What each field of a `Recipe` takes, as a text"
     choices = {**_names, **_others}
     return {f.name: listed(choices[f.name]) if f.name in choices else _span(f) for f in fields(Recipe)}
 
 # %% ../nbs/08_learner.ipynb #d5233fb1
-RECIPES = {
-    'stated': Recipe(), 'logged': Recipe(step_size=20, dropout=0.05), 'sample': Recipe(epochs=12, bs=32),
-    'fast': Recipe(dropout=0., policy='flip_crop', augment='batch', epochs=11, opt='muon', lr=0.3, wd=1e-3,
-                   sched='triangle', average=0.03)}
-RECIPES['best'] = replace(RECIPES['fast'], epochs=150, policy='flip_crop_cutout')
+_fast = Recipe(dropout=0., policy='flip_crop', augment='batch', epochs=11, opt='muon', lr=0.3, wd=1e-3,
+               sched='triangle', average=0.03)
+RECIPES = {'stated': Recipe(), 'logged': Recipe(step_size=20, dropout=0.05),
+           'sample': replace(_fast, epochs=32, bs=128, lr=0.6), 'fast': _fast,
+           'best': replace(_fast, epochs=150, policy='flip_crop_cutout')}
 
 # %% ../nbs/08_learner.ipynb #8f1ffcf1
 _heard = dict(rise=('triangle',), step_size=('step',), gamma=('step', 'plateau'))  # schedules that use a field
@@ -177,7 +177,7 @@ def check_batches(
         raise ValueError(f'bs is {bs}, so that a batch of the {n} training images has only 1 image, of which batch '
                          f"norm can make nothing: take another bs, such as {bs + 1}, or norm='gn'")
 
-# %% ../nbs/08_learner.ipynb #36ba3907
+# %% ../nbs/08_learner.ipynb #8a6f6dc5
 def n_classes(
     dls:DataLoaders, # Of any data with classes
 )->int: # Outputs of a Net that learns from `dls`
@@ -201,7 +201,8 @@ def _remedy(x):
 def _check_labels(y, n):
     if y.ndim == 1 and not y.is_floating_point() and int(y.max()) < n: return
     raise ValueError(f'the labels are {str(y.dtype)[6:]} of shape {list(y.shape)}, up to {y.max().item()}, but the '
-                     f"recipe's cross entropy takes one of {n} classes for each image: give another loss_func, and metrics")
+                     f"recipe's cross entropy takes one of {n} classes for each image: give another loss_func, and "
+                     'metrics')
 
 def check_inputs(
     dls:DataLoaders, # Of any data
@@ -217,7 +218,8 @@ def check_inputs(
     if x.ndim != 4 or x.shape[1] != 3 or min(x.shape[2:]) < 31:
         raise ValueError(f'the images are batches of shape {list(x.shape)}, {takes}: {_remedy(x)}')
     if not x.is_floating_point():
-        raise ValueError(f'the images are {str(x.dtype)[6:]}, but Net takes float32: add IntToFloatTensor() to batch_tfms')
+        raise ValueError(f'the images are {str(x.dtype)[6:]}, but Net takes float32: add IntToFloatTensor() to '
+                         'batch_tfms')
     if n is not None and len(ys) == 1 and isinstance(ys[0], torch.Tensor): _check_labels(ys[0], n)
 
 # %% ../nbs/08_learner.ipynb #591c7f7b
@@ -243,8 +245,8 @@ def _check_call(dls, kwargs, run_dir, save_every, force):
 def _check_rates(recipe, cbs):
     for cb in L(cbs) if recipe.sched != 'none' else ():
         if sets_rate(cb) or isinstance(cb, ReduceLROnPlateau):
-            raise ValueError(f'{type(cb).__name__} in cbs sets the learning rate, and so does sched {recipe.sched!r} of '
-                             'the recipe: give get_recipe("stated", sched="none") as the recipe, or leave it out')
+            raise ValueError(f'{type(cb).__name__} in cbs sets the learning rate, and so does sched {recipe.sched!r} '
+                             'of the recipe: give get_recipe("stated", sched="none") as the recipe, or leave it out')
 
 def _warn_of_loaders(dls, recipe):
     "A UserWarning for what the recipe, and not every recipe, asks of the loaders, and `cifar_dls` was not asked for"
@@ -258,8 +260,8 @@ def _net(recipe, dls, pretrained):
     if not pretrained: return recipe.net(n_classes(dls))
     (n, norm), own, vocab = (recipe.n_channels, recipe.norm), get_recipe(), tuple(getattr(dls, 'vocab', CLASSES))
     if vocab != CLASSES or n_classes(dls) != len(CLASSES):
-        raise ValueError(f'the pretrained weights are of the {len(CLASSES)} classes of CIFAR-10, but these loaders have '
-                         f'{n_classes(dls)} others: leave pretrained out')
+        raise ValueError(f'the pretrained weights are of the {len(CLASSES)} classes of CIFAR-10, but these loaders '
+                         f'have {n_classes(dls)} others: leave pretrained out')
     if (n, norm) == (own.n_channels, own.norm): return load_weights(recipe.net(), WEIGHTS)
     raise ValueError(f'the pretrained weights are of n_channels={own.n_channels} and norm={own.norm!r}, but the recipe '
                      f'has {n} and {norm!r}: leave these or pretrained out')

@@ -152,7 +152,7 @@ def test_all_checkpoints_are_damaged(run, fault):
 
 
 def test_the_command_with_damaged_checkpoints(tmp_path, here, fault):  # noqa: F811
-    args = '--data', 'sample', '--bs', 500, '--norm', 'ln', '--n-channels', 4
+    args = '--data', 'sample', '--recipe', 'stated', '--bs', 500, '--norm', 'ln', '--n-channels', 4
     whole = here(*args, '--epochs', 2, '--out', tmp_path/'whole')  # noqa: F811
     assert whole[0] == 0 and here(*args, '--epochs', 1, '--out', tmp_path/'run')[0] == 0
     newest = files(tmp_path/'run')[-1]

@@ -83,7 +83,7 @@ def run(tmp_path_factory):
         m.setattr(s9_fastai.data, 'load_cifar', load)
         m.setattr(s9_fastai.train, 'data_path', there)
         with patch('s9_fastai.training.finish'):
-            assert typed('s9_train', '--data', 'sample', '--epochs', '2', '--bs', '500', '--n-channels', '4', '--out', str(folder)).code == 0
+            assert typed('s9_train', '--data', 'sample', '--recipe', 'stated', '--epochs', '2', '--bs', '500', '--n-channels', '4', '--out', str(folder)).code == 0
         m.setattr(Learner, 'fit', accept)
         yield folder
 
@@ -196,7 +196,7 @@ ends = ['--seed 0 --workers 256 --save-every 999999 --device cpu --bs 1048576 --
 
 @pytest.mark.parametrize('args', ends)
 def test_the_ends_of_the_ranges_are_allowed(args):
-    check_accepted(typed('s9_train', '--data', 'sample', *args.split()))
+    check_accepted(typed('s9_train', '--data', 'sample', '--recipe', 'stated', *args.split()))
 
 
 # What a user reads

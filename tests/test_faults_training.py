@@ -123,7 +123,7 @@ def message(kind, f, *args, **kwargs):
 
 def command(*args, cwd, **kwargs):
     "`s9_train` on the sample, in batches of 250"
-    data = () if '--resume' in args else ('--data', 'sample', '--bs', 250, '--norm', 'ln')
+    data = () if '--resume' in args else ('--data', 'sample', '--recipe', 'stated', '--bs', 250, '--norm', 'ln')
     return subprocess.Popen([bin/'s9_train', *map(str, (*data, *args))], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
 
 
@@ -279,7 +279,7 @@ def test_a_folder_that_disappears(tmp_path, before, whole, fault, what):
 def test_the_command_whose_folder_disappears(tmp_path, before, here, fault):
     run_dir, kept = tmp_path/'runs'/'run', tmp_path/'kept'
     before(RunLog, 'after_epoch', lambda self: self.epoch == 1 and self.recorder.trained, lambda: run_dir.rename(kept))
-    code, _, err = here('--data', 'sample', '--bs', 500, '--epochs', 2, '--norm', 'ln', '--n-channels', 4, '--out', run_dir)
+    code, _, err = here('--data', 'sample', '--recipe', 'stated', '--bs', 500, '--epochs', 2, '--norm', 'ln', '--n-channels', 4, '--out', run_dir)
     assert code == 1 and err.count('\n') == 1 and not run_dir.exists()
     fault('training', 's9_train whose folder disappears', err)
     assert_all_is_whole(kept, 1)
@@ -411,7 +411,7 @@ def test_the_command_with_a_rate_that_is_too_high(tmp_path, fault, here):
     "What it says next to a rate is true: with a lower one it goes on"
     # the decay multiplies the weights by -30 in each step, so that it ends within a few of the 20 whatever the machine computes
     options = '--bs', 100, '--epochs', 1, '--norm', 'ln', '--n-channels', 4, '--wd', 0.031, '--lr', 999
-    code, _, err = here('--data', 'sample', *options, '--out', tmp_path/'run')
+    code, _, err = here('--data', 'sample', '--recipe', 'stated', *options, '--out', tmp_path/'run')
     assert code == 1 and err.count('\n') == 1 and f'--resume {tmp_path}/run --force --lr ' in err
     fault('training', 's9_train with a rate that is too high', re.sub(r'batch \d+', 'batch 4', err))
     assert_all_is_whole(tmp_path/'run', 0)

@@ -115,7 +115,7 @@ def test_the_same_seed_gives_the_same_run(run, tmp_path):
 def test_whole_batches_and_plain_layers(tmp_path):
     "The other way of each switch; with and without workers the same weights"
     for w in (0, 2):
-        done = command('s9_train', '--data', 'sample', '--epochs', 1, '--bs', 250, '--augment', 'batch', '--compute', 'plain', '--workers', w, '--out', tmp_path/str(w))
+        done = command('s9_train', '--data', 'sample', '--recipe', 'stated', '--epochs', 1, '--bs', 250, '--augment', 'batch', '--compute', 'plain', '--workers', w, '--out', tmp_path/str(w))
         assert done.returncode == 0, done.stderr
     a, b = (load_file(tmp_path/w/'weights.safetensors') for w in '02')
     assert all((a[k] == b[k]).all() for k in a)
@@ -203,7 +203,7 @@ def runs(tmp_path_factory):
     "The same run with two epochs and with three"
     tmp = tmp_path_factory.mktemp('runs')
     for n in (2, 3):
-        done = command('s9_train', '--data', 'sample', '--epochs', n, '--bs', 250, '--n-channels', 8, '--save-every', 3, '--out', tmp/str(n))
+        done = command('s9_train', '--data', 'sample', '--recipe', 'stated', '--epochs', n, '--bs', 250, '--n-channels', 8, '--save-every', 3, '--out', tmp/str(n))
         assert done.returncode == 0, done.stderr
     return tmp
 
@@ -303,7 +303,7 @@ def test_a_run_ends_where_it_is_told_to_end(two):
 
 def test_a_rate_that_is_too_high_ends_in_one_line(tmp_path):
     "With the words that help: the same rate would fail again"
-    done = command('s9_train', '--data', 'sample', '--epochs', 2, '--bs', 500, '--n-channels', 4, '--lr', 999, '--out', 'run', cwd=tmp_path)
+    done = command('s9_train', '--data', 'sample', '--recipe', 'stated', '--epochs', 2, '--bs', 500, '--n-channels', 4, '--lr', 999, '--out', 'run', cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.count('\n') == 1
     assert done.stderr.endswith('take a lower one. To go on from the last checkpoint: s9_train --resume run --force --lr RATE\n')
 
