@@ -19,7 +19,7 @@ from fasttransform import ItemTransform
 
 import albumentations as A, cv2  # after fastai, whose star import would bring another A
 from .facts import MEAN
-from .keyed import ItemKey, KeyedTransform, item_key
+from .keyed import ItemKey, KeyedTransform, item_key, item_seed  # the last for whoever imports this room
 
 # %% ../nbs/01_augment.ipynb #8efe6c2b
 class KeyedRandom:
