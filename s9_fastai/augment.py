@@ -148,6 +148,7 @@ _moving = (TensorPoint, TensorBBox, LabeledBBox, TensorImageBase, Image.Image, n
 class AlbumentationsTransform(KeyedTransform, ItemTransform):
     "Albumentations: `train` on training items, `valid` on all others, drawn afresh for each image in each epoch"
     split_idx, order = None, 2  # after Resize (1), before ToTensor (5)
+    not_saved = ('rng',)  # begins afresh with each item
 
     def __init__(self,
         train:A.BaseCompose, # For training items, as `A.Compose([...])`; copied; errors as `check_pipeline`

@@ -17,6 +17,7 @@ import numpy as np, torch
 from fastai.data import block
 from fastai.data.core import TfmdDL
 from fastai.data.load import _FakeLoader
+from fastcore.xtras import ReindexCollection
 
 # %% ../nbs/00_keyed.ipynb #e7a4a7a4
 def _hash(text): return int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), 'little')
@@ -117,6 +118,7 @@ def _place(s):
 # %% ../nbs/00_keyed.ipynb #24fccb51
 class KeyedDL(TfmdDL):
     "A `TfmdDL` whose order depends on (seed, epoch) and whose draws for an item on (seed, epoch, item) alone"
+    not_saved = ('seed', 'epoch', 'n_new', 'nth', 'begin', 'drawn', 'making')  # a checkpoint keeps the first three
     making = False  # a batch at this moment?
 
     def __init__(self,
@@ -145,6 +147,8 @@ class KeyedDL(TfmdDL):
     def get_idxs(self):
         with kept_global():  # loaders that weight or sort draw from these
             seed_global(item_seed(self.seed, self.epoch, -6))
+            texts = vars(self).get('items')
+            if isinstance(texts, ReindexCollection): texts.idxs[:] = sorted(texts.idxs)  # they are shuffled in place
             return super().get_idxs()
 
     def sample(self):  # every worker walks through the whole epoch, so all of them count alike

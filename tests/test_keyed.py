@@ -290,10 +290,14 @@ def test_sorted_text_stays_sorted_and_is_shuffled_by_key():
 
 def test_a_language_model_loader():
     texts = [torch.arange(i*100, i*100 + 30) for i in range(10)]
-    dl = keyed_class(LMDataLoader)([(o,) for o in texts], lens=[30]*10, bs=4, seq_len=10, shuffle=True, seed=3, num_workers=0)
+    def make(): return keyed_class(LMDataLoader)([(o,) for o in texts], lens=[30]*10, bs=4, seq_len=10, shuffle=True, seed=3, num_workers=0)
+    dl, other = make(), make()
     x, y = next(iter(dl))
     assert x.shape == (4, 10) and torch.equal(torch.Tensor(x[:, 1:]), torch.Tensor(y[:, :-1]))
-    assert len(list(dl)) == len(dl) == 8
+    other.one_batch()
+    other.epoch = 0
+    first, second = ([x for x, _ in o] for o in (dl, other))  # its order is that of (seed, epoch), whatever came before
+    assert equal(first, second) and len(first) == len(dl) == 8 and not equal(first, [x for x, _ in dl])
     assert type(dl.new(bs=2)) is type(dl) and dl.new(bs=2).one_batch()[0].shape == (2, 10)
 
 
