@@ -138,10 +138,11 @@ class KeyedDL(TfmdDL):
         self.drawn = []  # the items of the batch that is being made: (place in the data set, how often it came before)
 
     def randomize(self):
+        super().randomize()
         self.epoch += 1
-        if self.begin[0] == self.epoch and self.begin[1] and not self.indexed:
-            raise ValueError('the loader cannot go on in the middle of an epoch, as its data set is an iterable one, '
-                             'whose items come in turn: save after whole epochs')
+        if self.begin[0] == self.epoch and self.begin[1] and not self.can_skip:
+            raise ValueError('the loader cannot go on in the middle of an epoch, as its data set is an iterable one, or '
+                             'its sample() its own: save after whole epochs')
         self.rng = random.Random(item_seed(self.seed, self.epoch, -1))
 
     def get_idxs(self):
@@ -151,13 +152,25 @@ class KeyedDL(TfmdDL):
             if isinstance(texts, ReindexCollection): texts.idxs[:] = sorted(texts.idxs)  # they are shuffled in place
             return super().get_idxs()
 
+    @property
+    def can_skip(self)->bool:
+        "Can an epoch begin at any batch without making those before?"
+        return self.indexed and 'sample' not in vars(self) and super().sample.__func__ is TfmdDL.sample
+
     def sample(self):  # every worker walks through the whole epoch, so all of them count alike
-        seen, left_out = {}, self.begin[1] if self.begin[0] == self.epoch else 0
-        for i, s in enumerate(self._DataLoader__idxs):
+        theirs, seen = super().sample, {}
+        items = self.in_order() if theirs.__func__ is TfmdDL.sample else ((s, True) for s in theirs())
+        for s, is_mine in items:
             self.nth = seen.get(place := _place(s), 0)
             seen[place] = self.nth + 1
+            if is_mine: yield s
+
+    def in_order(self):
+        "Each item of the epoch, and whether it is in a batch that this process makes"
+        left_out = self.begin[1] if self.begin[0] == self.epoch else 0
+        for i, s in enumerate(self._DataLoader__idxs):
             batch = i//(self.bs or 1) - left_out
-            if batch >= 0 and batch % self.num_workers == self.offs: yield s
+            yield s, batch >= 0 and batch % self.num_workers == self.offs
 
     def places(self,
         batch:int, # Number of a batch in the epoch under way, from 0, those included that a run had before it goes on
@@ -166,7 +179,7 @@ class KeyedDL(TfmdDL):
         return [*self._DataLoader__idxs[batch*self.bs:(batch + 1)*self.bs]]
 
     def create_batches(self, samps):
-        batches = iter(super().create_batches(samps))
+        self.drawn, batches = [], iter(super().create_batches(samps))
         while True:
             with kept_global():  # once a batch: seeding takes 7 us an item, keeping and restoring 80 us
                 self.making = True
