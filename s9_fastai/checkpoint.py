@@ -169,7 +169,7 @@ def check(self:Checkpoint,
                          'a new folder, or force it and get a result of both')
     if changed: warnings.warn(f'{self.run_dir} goes on with changed settings: {changed}')
 
-# %% ../nbs/07_checkpoint.ipynb #375e0673
+# %% ../nbs/07_checkpoint.ipynb #f65cee1c
 _remedy = ('give its class state_dict and load_state_dict, or the attribute to not_saved where no result depends on it')
 
 def is_lazy(
@@ -186,8 +186,8 @@ def warn_lost(self:Checkpoint,
     new = [o for o in lost if o not in self.lost]
     self.lost += new
     if new:
-        warnings.warn(f'{self.run_dir}: {", ".join(new[:9])} changed in this fit and cannot be saved, so that it cannot '
-                      f'be resumed exactly: {_remedy}')
+        warnings.warn(f'{self.run_dir}: {", ".join(new[:9])} changed in this fit and cannot be saved, so that it '
+                      f'cannot be resumed exactly: {_remedy}')
 
 @patch
 def check_lost(self:Checkpoint,
