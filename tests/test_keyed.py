@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.data import PartialDL, WeightedDL
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.core import Datasets, TfmdDL
@@ -29,6 +30,7 @@ from torch import nn
 
 from s9_fastai.augment import AlbumentationsTransform, AlternatingFlip, KeyedRandom
 from s9_fastai.batch_augment import BatchAugment
+from s9_fastai.checkpoint import Checkpoint
 from s9_fastai.cifar import Cifar10, Split
 from s9_fastai.data import CifarDL, cifar_block
 from s9_fastai.keyed import (ItemKey, KeyedDL, KeyedTransform, item_key, item_seed, kept_global, keyed_class, make_keyed, seed_global,
@@ -409,6 +411,31 @@ def test_a_training_is_the_same_with_any_number_of_workers():
         return [p.data for p in net.parameters()]
     ref = weights(0)
     for w in (1, 2): assert equal(weights(w), ref)
+
+
+class Stop(Callback):
+    "Ends a fit in the middle of its second epoch, where it is on"
+    is_on = False
+    def after_batch(self):
+        if Stop.is_on and self.training and self.train_iter == 12: raise SystemError('broken off')
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_a_plain_datablock_goes_on_in_the_middle_of_an_epoch(num_workers, tmp_path, monkeypatch):
+    "Its loaders are keyed, so `Checkpoint` can save after any batch: the same weights, whatever a new process draws"
+    def fit(run_dir, seed):
+        dls = loaders(image_block([Anybody(), AlbumentationsTransform(noise)], [BatchAugment.from_compose(flips[0]), IntToFloatTensor()]), num_workers, bs=4)
+        set_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(768, 2))
+        learn = Learner(dls, net, loss_func=CrossEntropyLossFlat(), lr=1e-3, cbs=[Checkpoint(run_dir, every=3), Stop()])
+        if seed: set_seed(seed)
+        with learn.no_bar(), learn.no_logging(): learn.fit(2)
+        return [p.data for p in net.parameters()]
+    whole = fit(tmp_path/'whole', 0)
+    with monkeypatch.context() as m:
+        m.setattr(Stop, 'is_on', True)
+        with pytest.raises(SystemError): fit(tmp_path/'broken', 0)
+    assert equal(fit(tmp_path/'broken', 7), whole)
 
 
 def test_the_generators_of_an_item_differ_from_one_another():
