@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['attributes', 'is_followed', 'reachable', 'fingerprint']
 
-# %% ../nbs/03_attributes.ipynb #023e078d
+# %% ../nbs/03_attributes.ipynb #8351c65b
 import hashlib, io, operator, pickle
 from collections import deque
 from collections.abc import Iterator, Mapping
@@ -25,7 +25,7 @@ from .generators import generator_state
 from .objects import has_state_dict, not_saved
 from .state import can_encode
 
-# %% ../nbs/03_attributes.ipynb #a90d0825
+# %% ../nbs/03_attributes.ipynb #339de655
 # what every Learner, optimizer and module has, and a fit makes anew or `learner_state` keeps
 _of_learner = {*'''dls model opt_func loss_func path model_dir opt lr splitter metrics cbs wd wd_bn_bias train_bn moms
     default_cbs logger training epoch n_epoch loss dl iter n_iter x y xb yb pred loss_grad smooth_loss final_record
@@ -59,7 +59,7 @@ def attributes(
     if isinstance(o, (Optimizer, torch.optim.Optimizer)): left_out |= _of_opt
     return {k: v for k, v in own.items() if k not in left_out and not k.startswith('__')}
 
-# %% ../nbs/03_attributes.ipynb #0c1ac384
+# %% ../nbs/03_attributes.ipynb #e1326553
 _apart = {*'''IPython PIL _io _thread clearml comet_ml concurrent fastprogress io ipykernel ipywidgets logging
     matplotlib mlflow multiprocessing neptune pandas pathlib plum re rich spacy sqlite3 tensorboard tensorboardX
     thinc threading tokenizers tqdm transformers wandb weakref'''.split()}
@@ -94,13 +94,13 @@ def reachable(
     found, seen, todo = {}, set(), [*reversed(roots.items())]
     while todo and len(found) < _most:
         path, o = todo.pop()
-        if id(o) in seen or isinstance(o, _leaves) or isinstance(o, _roots) and path not in roots: continue
+        if id(o) in seen or isinstance(o, _leaves) or isinstance(o, _roots) and roots.get(path) is not o: continue
         seen.add(id(o))
         if is_followed(o): found[path] = o
         todo += reversed(_parts(path, o))
     return found
 
-# %% ../nbs/03_attributes.ipynb #bc9976c6
+# %% ../nbs/03_attributes.ipynb #969f71ea
 def _spaced(o, n=2**14): return o[::max(1, len(o)//n)]  # evenly spaced values, at least `n` if there are as many
 
 def _values(o, n=2**10):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['displays', 'fit_roots', 'init_params', 'FitChanges', 'put_changes']
 
-# %% ../nbs/04_changed.ipynb #8732dc9b
+# %% ../nbs/04_changed.ipynb #0f7dd076
 import inspect, json
 from collections import deque
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from .generators import generator_state
 from .objects import check_value, has_state_dict, is_text, put_back
 from .state import can_encode, decode, encode
 
-# %% ../nbs/04_changed.ipynb #5106400e
+# %% ../nbs/04_changed.ipynb #e25d5a1c
 #: Modules whose callbacks only show or log a training
 displays = {f'fastai.callback.{nm}' for nm in 'progress wandb tensorboard neptune comet azureml captum'.split()}
 
@@ -57,7 +57,7 @@ def _state_of(roots):
         if path not in roots and has_state_dict(o) and not isinstance(o, nn.Module): continue
         yield path, o, {k: v for k, v in attributes(o).items() if not _is_elsewhere(o, k, v) and id(v) not in of_model}
 
-# %% ../nbs/04_changed.ipynb #13b460a4
+# %% ../nbs/04_changed.ipynb #71fa9560
 _none = fingerprint(None)  # an attribute that becomes an object is no loss: that object is looked through itself
 
 def init_params(
@@ -87,10 +87,12 @@ class FitChanges:
     def __init__(self,
         roots:dict, # From `fit_roots`
     ):
-        self.begun, self.values = {}, {}  # fingerprints, and values that can be put back, by path and attribute
+        # by the identity of each object, which stays when it is reached on another path: itself, its path, the
+        # fingerprints of its attributes, and values that can be put back
+        self.begun = {}
         for path, o, attrs in _state_of(roots):
-            self.begun[path] = {k: fingerprint(v) for k, v in attrs.items()}
-            self.values[path] = {k: _copy(v) for k, v in attrs.items() if _can_keep(o, k, v)}
+            values = {k: _copy(v) for k, v in attrs.items() if _can_keep(o, k, v)}
+            self.begun[id(o)] = o, path, {k: fingerprint(v) for k, v in attrs.items()}, values
 
     def since(self,
         roots:dict, # From `fit_roots`
@@ -98,7 +100,7 @@ class FitChanges:
         "What has changed since the fit began, and every random generator"
         kept, lost = {}, []
         for path, o, attrs in _state_of(roots):
-            was = self.begun.get(path, {})
+            *_, was, _ = self.begun.get(id(o), (o, path, {}, {}))
             for k, v in attrs.items():
                 if was.get(k) == fingerprint(v) and not generator_state(v): continue
                 if _can_keep(o, k, v): kept.setdefault(path, {})[k] = v
@@ -106,20 +108,22 @@ class FitChanges:
         return kept, lost
 
     def undo(self,
-        roots:dict, # From `fit_roots`
         keep=lambda path, o, k: False, # (path, object, attribute) -> is it to stay as it is?
     ):
         "Put back what was there when the fit began, but for large values; attributes that came later go"
-        back = {}
-        for path, o, attrs in _state_of(roots):
-            was, then = self.begun.get(path, {}), self.values.get(path, {})
-            if not isinstance(o, (Learner, Callback, Optimizer, torch.optim.Optimizer, FunctionType, partial)):
-                for k in {*attrs} - {*was}: vars(o).pop(k, None)
-            moved = [k for k, v in attrs.items() if k in was and (generator_state(v) or was[k] != fingerprint(v))]
-            back[path] = {k: then[k] for k in moved if then.get(k) is not None and not keep(path, o, k)}
-        put_changes(roots, back)
+        for o, path, was, values in self.begun.values():
+            now = attributes(o)
+            if not isinstance(o, _fixed):
+                for k in {*now} - {*was}:
+                    if not _is_elsewhere(o, k, now[k]): vars(o).pop(k, None)
+            for k, v in values.items():
+                same = k in now and was[k] == fingerprint(now[k]) and not generator_state(now[k])
+                if v is not None and not same and not keep(path, o, k): _set(o, k, put_back(now.get(k), v))
 
-# %% ../nbs/04_changed.ipynb #28b0f486
+# of these no attribute is taken away
+_fixed = (Learner, Callback, Optimizer, torch.optim.Optimizer, nn.Module, FunctionType, partial)
+
+# %% ../nbs/04_changed.ipynb #63ebc0a0
 def _set(o, k, v):
     if isinstance(o, FunctionType): o.__closure__[o.__code__.co_freevars.index(k)].cell_contents = v
     elif isinstance(o, nn.Module) and isinstance({**o._buffers, **o._parameters}.get(k), torch.Tensor):

@@ -90,7 +90,7 @@ def before_fit(self:Checkpoint):
     self.learn.remove_cb(SkipTo)
     try:
         self.begin_again()
-        self.fits[self.n_fits:] = [fit_settings(self.learn)]
+        self.fits[self.n_fits:] = [fit_settings(self.learn, is_first=not self.n_fits)]
         self.begin_or_go_on()
     except BaseException:
         self.release()  # somebody else may have the folder
@@ -105,10 +105,9 @@ def own_cbs(self:Checkpoint):
 @patch
 def begin_again(self:Checkpoint):
     "Undo what an earlier try of this fit, in this process, has changed; settings that were changed since stay"
-    roots = fit_roots(self.learn, self.own_cbs())
     if self.begun[0] == self.n_fits:
-        self.begun[1].undo(roots, lambda path, o, k: k in init_params(o) and (path, k) not in self.moved)
-    self.begun = self.n_fits, FitChanges(roots)
+        self.begun[1].undo(lambda path, o, k: k in init_params(o) and (path, k) not in self.moved)
+    self.begun = self.n_fits, FitChanges(fit_roots(self.learn, self.own_cbs()))
 
 @patch
 def begin_or_go_on(self:Checkpoint):
@@ -169,7 +168,7 @@ def check(self:Checkpoint,
                          'a new folder, or force it and get a result of both')
     if changed: warnings.warn(f'{self.run_dir} goes on with changed settings: {changed}')
 
-# %% ../nbs/07_checkpoint.ipynb #f65cee1c
+# %% ../nbs/07_checkpoint.ipynb #936efee0
 _remedy = ('give its class state_dict and load_state_dict, or the attribute to not_saved where no result depends on it')
 
 def is_lazy(

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['digest', 'data_digest']
 
-# %% ../nbs/05_digest.ipynb #c730aac0
+# %% ../nbs/05_digest.ipynb #4ab6efc1
 import hashlib, os, random
 from collections.abc import Mapping
 from pathlib import PurePath
@@ -17,7 +17,7 @@ from fastcore.foundation import L
 from .changed import FitChanges
 from .generators import load_random_state, random_state
 
-# %% ../nbs/05_digest.ipynb #31cf6853
+# %% ../nbs/05_digest.ipynb #e50bc360
 def _content(o):
     "The bytes of a value without parts; the name of its type where its content has no form that is the same everywhere"
     if isinstance(o, Image.Image): return f'{o.mode}{o.size}'.encode() + o.tobytes()
@@ -49,7 +49,7 @@ def digest(
     for o in os: _feed(h, o)
     return h.hexdigest()
 
-# %% ../nbs/05_digest.ipynb #cd7c33f0
+# %% ../nbs/05_digest.ipynb #fc465c47
 _most, _rows = 10**6, 2000
 
 def _spaced(n, most): return range(0, n, max(1, n//most))
@@ -74,7 +74,7 @@ def _n(dataset):
     try: return len(dataset)
     except TypeError: return None
 
-# %% ../nbs/05_digest.ipynb #72066dd1
+# %% ../nbs/05_digest.ipynb #449a5079
 _places = 4
 
 def _read(dataset, i):
@@ -100,5 +100,5 @@ def data_digest(
     except Exception: seen = None  # whatever somebody's data set raises, it does so in training too
     finally:
         load_random_state(state)
-        before.undo(roots)
+        before.undo()
     return f'{n} items, {digest(_items(dataset), seen)}'

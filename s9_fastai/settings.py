@@ -26,7 +26,7 @@ from .environment import environment
 from .fast import number_format
 from .objects import not_saved
 
-# %% ../nbs/06_settings.ipynb #6d10c355
+# %% ../nbs/06_settings.ipynb #2660b936
 # addresses, which always differ; the device, of which the kind is a setting of its own; and how many variants a
 # transform of fastai has, since any module that a process imports may add some
 _noise = re.compile(r" at 0x[0-9a-f]+|, device='[^']*'|\(enc:\d+,dec:\d+\)")
@@ -108,7 +108,7 @@ def _callbacks(learn):
         found[f'callback {cb.name}' + (f'[{n}]' if n else '')] = describe_callback(cb)
     return found
 
-# %% ../nbs/06_settings.ipynb #1226c315
+# %% ../nbs/06_settings.ipynb #03aaacd9
 # what a loader is given that changes no batch; its transforms have fields of their own
 _aside = {*'''dataset num_workers device pin_memory pin_memory_device timeout seed persistent_workers wif verbose
     do_setup indexed after_item before_batch after_batch worker_init_fn multiprocessing_context generator
@@ -138,14 +138,15 @@ _rates = ('lr', 'wd', 'weight_decay', 'frozen_idx')
 
 def _scheduled(learn): return {k for cb in learn.cbs if isinstance(cb, ParamScheduler) for k in cb.scheds}
 
-def _optimizer(learn):
-    "Class, steps and numbers of the optimizer, but for the rates, which have fields of their own, and what is scheduled"
+def _optimizer(learn, is_first):
+    "How the optimizer is made, its class, steps and numbers, but for rates and what is scheduled"
     opt, aside = learn.opt, {*_rates, *_scheduled(learn)}
     own = getattr(opt, 'opt', opt)  # torch's in an `OptimWrapper`
     numbers = {k: v for k, v in {**getattr(own, 'defaults', {}), **vars(own)}.items()
                if isinstance(v, (int, float, tuple)) and k[0] != '_' and k not in aside}
-    for k in {*opt.hypers[0]} - aside: numbers[k] = [h[k] for h in opt.hypers]
-    return f'{_name(type(own))}({", ".join(map(describe, getattr(own, "cbs", ())))}) {describe(dict(sorted(numbers.items())))}'
+    if is_first: numbers.update({k: [h[k] for h in opt.hypers] for k in {*opt.hypers[0]} - aside})
+    made = f'{describe(learn.opt_func)}, {_name(type(own))}({", ".join(map(describe, getattr(own, "cbs", ())))})'
+    return f'{made} {describe(dict(sorted(numbers.items())))}'
 
 def _model(m):
     "The layers of `m`, and the numbers that layers of others than torch were given"
@@ -154,18 +155,19 @@ def _model(m):
             if isinstance(v, (bool, int, float, str, tuple))}
     return f'{_plain(m)} {", ".join(f"{k}={v!r}" for k, v in args.items())}'.strip()
 
-# %% ../nbs/06_settings.ipynb #1ac53004
+# %% ../nbs/06_settings.ipynb #e9fc027f
 def _device(learn): return next((p.device for p in learn.model.parameters()), torch.device('cpu'))
 
 def fit_settings(
     learn:Learner, # In `before_fit`
+    is_first:bool=True, # The first fit of `learn`? Before a later one, an earlier schedule may have left any momentum
 )->dict: # Texts and numbers by name
     "What the result of a fit of `learn` depends on"
     recipe = asdict(learn.recipe) if hasattr(learn, 'recipe') else {}
     device, opt = _device(learn), learn.opt
     return {**{k: v for k, v in recipe.items() if k != 'epochs'}, **_loaders(learn.dls), 'vocab': _vocab(learn.dls),
             'data_key': getattr(learn.dls, 'data_key', None), 'model': _model(learn.model),
-            'optimizer': _optimizer(learn), 'loss_func': describe(learn.loss_func),
+            'optimizer': _optimizer(learn, is_first), 'loss_func': describe(learn.loss_func),
             'metrics': describe([m.name for m in learn.metrics]),
             **_callbacks(learn), 'device': device.type, 'train_bn': learn.train_bn, 'wd_bn_bias': learn.wd_bn_bias,
             'numbers': str(number_format(device)) if hasattr(learn, 'autocast') else 'as in the model',
