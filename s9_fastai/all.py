@@ -1,4 +1,5 @@
 "The public rooms in one line, for notebooks: `from s9_fastai.all import *`. Nothing inside the package uses it."
+from s9_fastai.keyed import *
 from s9_fastai.cifar import *
 from s9_fastai.augment import *
 from s9_fastai.batch_ops import *

@@ -72,7 +72,7 @@ class Checkpoint(Callback):
 
 
     @property
-    def can_skip(self): return all(isinstance(dl, KeyedDL) for dl in self.dls.loaders)
+    def can_skip(self): return all(isinstance(dl, KeyedDL) and dl.can_skip for dl in self.dls.loaders)
 
 # %% ../nbs/07_checkpoint.ipynb #d3c43790
 @patch
