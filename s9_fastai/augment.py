@@ -13,12 +13,13 @@ from functools import partial
 
 import numpy as np, torch
 from PIL import Image
+from fastai.data.core import TfmdDL
 from fastai.vision.core import PILMask
 from fasttransform import ItemTransform
 
 import albumentations as A, cv2  # after fastai, whose star import would bring another A
 from .facts import MEAN
-from .keyed import ItemKey, KeyedTransform, item_key
+from .keyed import ItemKey, KeyedTransform, item_key, kept_global
 from .pipelines import check_kinds, check_pipeline, check_scaling, check_targets, moving, warn_sizes
 from .pixels import from_uint8, to_uint8
 
@@ -122,6 +123,18 @@ class AlbumentationsTransform(KeyedTransform, ItemTransform):
     def __setstate__(self, state):
         self.__dict__.update(state)
         cv2.setNumThreads(0)  # its threads cost more than they bring on small images, and may hang in a forked worker
+
+    def setup(self, items=None, train_setup=False):
+        super().setup(items, train_setup)
+        is_training = isinstance(items, TfmdDL) and getattr(items.dataset, 'split_idx', None) == 0
+        if is_training and items.indexed and len(items.dataset): self._try(items)
+
+    def _try(self, dl):
+        "One training item of `dl`, so that errors and warnings come once, when loaders are made; it draws from nobody"
+        with kept_global():
+            x = dl.dataset[0]
+            for t in dl.after_item.fs: x = t(x, split_idx=0)  # those before this one
+            self(x, split_idx=0)
 
     def pipe(self, split_idx): return self.train if split_idx == 0 else self.valid
 

@@ -65,7 +65,8 @@ def _type_advice(o):
     if isinstance(o, torch.Tensor):
         turned = 'x.permute(1, 2, 0).numpy()' if o.ndim == 3 else 'x.numpy()'
         return f'put it among the item_tfms, before ToTensor, or use {turned}'
-    if isinstance(o, (Image.Image, str, bytes, Path)): return 'use PILImage.create(x)'
+    if isinstance(o, Image.Image): return 'use PILImage.create(x.copy())'  # a file that is open has no pixels yet
+    if isinstance(o, (str, bytes, Path)): return 'use PILImage.create(x)'
     return 'the first part of an item must be an image'
 
 def to_uint8(

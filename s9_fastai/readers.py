@@ -88,8 +88,8 @@ class ImageReader(CifarReader):
     def to_rgb(self, im, name):
         if 0 in im.size: raise ValueError(f'{shown(name)}: {im.width}x{im.height} pixels, at least 1x1 are needed')
         if im.mode in ('I', 'F'):
-            advice = uint8_advice(np.asarray(im))
-            raise ValueError(f'{shown(name)}: mode {im.mode}, whose white is not known; x = np.asarray(image) has {advice}')
+            advice = f'x = np.asarray(image) has {uint8_advice(np.asarray(im))}'
+            raise ValueError(f'{shown(name)}: mode {im.mode}, whose white is not known; {advice}')
         try:  # 16 bits: PIL's convert would cut at 255, so that all but the darkest pixels are white
             if im.mode.startswith('I;16'): im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8))
             return self.on_white(ImageOps.exif_transpose(im)).convert('RGB')  # phones store photos as the sensor lay
