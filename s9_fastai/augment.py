@@ -19,7 +19,7 @@ from fasttransform import ItemTransform
 
 import albumentations as A, cv2  # after fastai, whose star import would bring another A
 from .facts import MEAN
-from .keyed import ItemKey, KeyedTransform, item_key, kept_global
+from .keyed import ItemKey, KeyedTransform, item_key, item_seed, kept_global  # item_seed: for importers
 from .pipelines import check_kinds, check_pipeline, check_scaling, check_targets, moving, warn_sizes
 from .pixels import from_uint8, to_uint8
 
@@ -109,6 +109,7 @@ def _is_image(o): return isinstance(o, Image.Image) or isinstance(o, np.ndarray)
 class AlbumentationsTransform(KeyedTransform, ItemTransform):
     "Albumentations: `train` on training items, `valid` on all others, drawn afresh for each image in each epoch"
     split_idx, order = None, 2  # after Resize (1), before ToTensor (5)
+    not_saved = ('rng', 'is_compared')  # begins afresh with each item
     is_compared = False  # was a training image compared with the same image in validation?
 
     def __init__(self,

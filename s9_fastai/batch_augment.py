@@ -140,6 +140,7 @@ def _batch_advice(x):
 class BatchAugment(KeyedTransform, Transform):
     "`ops` on training batches of uint8 images, drawn afresh for each image in each epoch"
     split_idx, order = 0, 5  # training only; before IntToFloatTensor (10)
+    not_saved = ('is_compared',)
     is_compared = False  # was a batch's size compared with that of validation images?
 
     def __init__(self,

@@ -34,6 +34,8 @@ def _tfms(pipe): return getattr(pipe, 'fs', [pipe])  # a `Pipeline`, or any func
 # %% ../nbs/05_data.ipynb #4b638d23
 class CifarDL(KeyedDL):
     "A `KeyedDL` that makes batches straight from the arrays of `cifar_block`, where nothing else was put in between"
+    not_saved = ('numbers',)  # of one epoch
+
     def create_batches(self, samps):
         if not self.is_direct(): return super().create_batches(samps)
         self.numbers = np.array(self.dataset.items)  # of the images in both splits

@@ -141,6 +141,7 @@ def number_format(
 class Autocast(Callback):
     "Runs the model, not the loss, in the `number_format` of its device; predictions come out as float32"
     order = 10  # where fastai has its MixedPrecision
+    not_saved = ('kind', 'dtype', 'was', 'plain')  # of one batch
 
     def before_batch(self):
         self.restore()  # a batch that was broken off before the model ran did not

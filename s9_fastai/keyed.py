@@ -6,7 +6,7 @@
 __all__ = ['item_key', 'item_seed', 'ItemKey', 'under_key', 'mix64', 'item_keys', 'seed_global', 'kept_global', 'KeyedDL',
            'keyed_class', 'make_keyed', 'KeyedTransform']
 
-# %% ../nbs/00_keyed.ipynb #52044f29
+# %% ../nbs/00_keyed.ipynb #c2187369
 import copyreg, hashlib, random
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,8 +17,9 @@ import numpy as np, torch
 from fastai.data import block
 from fastai.data.core import TfmdDL
 from fastai.data.load import _FakeLoader
+from fastcore.xtras import ReindexCollection
 
-# %% ../nbs/00_keyed.ipynb #e160309a
+# %% ../nbs/00_keyed.ipynb #e7a4a7a4
 def _hash(text): return int.from_bytes(hashlib.blake2b(text, digest_size=16).digest(), 'little')
 
 def item_seed(
@@ -32,7 +33,7 @@ def item_seed(
     if idx < 0: return key  # no image, but something else that a loader draws
     return key & ~1 | (_hash(b'%d %d' % (seed, idx)) + epoch + nth) & 1
 
-# %% ../nbs/00_keyed.ipynb #010ea0c8
+# %% ../nbs/00_keyed.ipynb #2396745a
 item_key = ContextVar('item_key', default=None)
 
 class ItemKey(int):
@@ -54,7 +55,7 @@ def under_key(
     try: return f(o)
     finally: item_key.reset(token)
 
-# %% ../nbs/00_keyed.ipynb #24414735
+# %% ../nbs/00_keyed.ipynb #b5166782
 def mix64(
     z:np.ndarray, # uint64, any shape; overwritten
 )->np.ndarray: # `z`
@@ -65,7 +66,7 @@ def mix64(
     z ^= z >> np.uint64(31)
     return z
 
-# %% ../nbs/00_keyed.ipynb #d3529b9a
+# %% ../nbs/00_keyed.ipynb #9ae3ce1c
 def item_keys(
     seed:int, # Seed of the run
     epoch:int, # Epoch, from 0
@@ -80,7 +81,7 @@ def item_keys(
     turns = mix64(idxs + np.uint64(item_seed(seed, 0, -5) >> 64)) + np.uint64(epoch) + nths
     return keys & ~np.uint64(1) | turns & np.uint64(1)
 
-# %% ../nbs/00_keyed.ipynb #ed1ea7d4
+# %% ../nbs/00_keyed.ipynb #58bf7b38
 def seed_global(
     key:int, # 128 bits
 ):
@@ -99,7 +100,7 @@ def kept_global():
         np.random.set_state(numpy)
         torch.set_rng_state(cpu)
 
-# %% ../nbs/00_keyed.ipynb #7e8a7dbc
+# %% ../nbs/00_keyed.ipynb #c9781941
 class _KeyedFake(_FakeLoader):
     "What torch's iterators take for the loader; the seeds of the workers come from (seed, epoch)"
     @property
@@ -114,9 +115,10 @@ def _place(s):
     try: return index(s)
     except TypeError: return _hash(repr(s).encode()) >> 65
 
-# %% ../nbs/00_keyed.ipynb #254a85ca
+# %% ../nbs/00_keyed.ipynb #24fccb51
 class KeyedDL(TfmdDL):
     "A `TfmdDL` whose order depends on (seed, epoch) and whose draws for an item on (seed, epoch, item) alone"
+    not_saved = ('seed', 'epoch', 'n_new', 'nth', 'begin', 'drawn', 'making')  # a checkpoint keeps the first three
     making = False  # a batch at this moment?
 
     def __init__(self,
@@ -137,11 +139,16 @@ class KeyedDL(TfmdDL):
 
     def randomize(self):
         self.epoch += 1
+        if self.begin[0] == self.epoch and self.begin[1] and not self.indexed:
+            raise ValueError('the loader cannot go on in the middle of an epoch, as its data set is an iterable one, '
+                             'whose items come in turn: save after whole epochs')
         self.rng = random.Random(item_seed(self.seed, self.epoch, -1))
 
     def get_idxs(self):
         with kept_global():  # loaders that weight or sort draw from these
             seed_global(item_seed(self.seed, self.epoch, -6))
+            texts = vars(self).get('items')
+            if isinstance(texts, ReindexCollection): texts.idxs[:] = sorted(texts.idxs)  # they are shuffled in place
             return super().get_idxs()
 
     def sample(self):  # every worker walks through the whole epoch, so all of them count alike
@@ -216,7 +223,7 @@ class KeyedDL(TfmdDL):
         import fastai.vision.learner  # lays out images; it takes a second to import, so not before somebody looks
         return super()._pre_show_batch(b, max_n=max_n)
 
-# %% ../nbs/00_keyed.ipynb #ff4acd35
+# %% ../nbs/00_keyed.ipynb #2e894e6c
 def _bare(cls): return object.__new__(keyed_class(cls))
 
 @cache
@@ -225,7 +232,7 @@ def _mixed(cls):
     copyreg.pickle(new, lambda o: (_bare, (cls,), o.__getstate__()))  # it has no name to be imported by
     return new
 
-# %% ../nbs/00_keyed.ipynb #99dbe817
+# %% ../nbs/00_keyed.ipynb #768bf48d
 def keyed_class(
     cls:type, # `TfmdDL` or a subclass of it
 )->type: # `cls` itself where it is keyed already, the same class for the same `cls`
@@ -233,7 +240,7 @@ def keyed_class(
     if issubclass(cls, KeyedDL): return cls
     return KeyedDL if cls is TfmdDL else _mixed(cls)
 
-# %% ../nbs/00_keyed.ipynb #c81eea97
+# %% ../nbs/00_keyed.ipynb #a6f428b2
 def make_keyed(
     dl, # A loader; one that is no `TfmdDL`, or keyed already, stays as it is
 ):
@@ -243,14 +250,14 @@ def make_keyed(
     dl.fake_l.__class__ = _KeyedFake
     dl._start(dl.rng.getrandbits(63))
 
-# %% ../nbs/00_keyed.ipynb #2880bec4
+# %% ../nbs/00_keyed.ipynb #2a8e77a1
 class KeyedTransform:
     "Base of transforms that draw by key: a loader that is set up with one is a `KeyedDL`, a `DataBlock` keeps each one"
     def setup(self, items=None, train_setup=False):
         make_keyed(items)
         return super().setup(items, train_setup)
 
-# %% ../nbs/00_keyed.ipynb #de99e780
+# %% ../nbs/00_keyed.ipynb #9b494173
 _group_by_class = block._merge_grouper
 def _merge_grouper(o): return id(o) if isinstance(o, KeyedTransform) else _group_by_class(o)
 block._merge_grouper = _merge_grouper

@@ -6,7 +6,9 @@
 __all__ = ['ImageArray', 'CifarReader', 'ImageReader', 'LabelReader']
 
 # %% ../nbs/04_readers.ipynb #b64049bf
-import os, re, warnings
+import mmap, os, re, warnings
+from functools import partial
+from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 
 import numpy as np, torch
@@ -15,13 +17,25 @@ from fastai.data.transforms import ToTensor
 from fastai.vision.core import TensorImage
 from fasttransform import Transform
 
-from .cifar import CLASSES, Cifar10, load_cifar
+from .cifar import CLASSES, Cifar10, Split, load_cifar
 from .facts import is_there, one_line, read_errors, shown
 from .pixels import image_fault, uint8_advice
 
 # %% ../nbs/04_readers.ipynb #6dda0569
 class ImageArray(np.ndarray):
     "An image as albumentations likes it: uint8 (H, W, 3), often a view into the data"
+
+# %% ../nbs/04_readers.ipynb #681c2f20
+def _each_array(f, data): return data._replace(**{nm: Split(*map(f, getattr(data, nm))) for nm in ('train', 'test')})
+
+def _portable(a):
+    is_whole_file = isinstance(a, np.memmap) and isinstance(a.base, mmap.mmap)  # and no part of one
+    return partial(np.memmap, a.filename, a.dtype, 'r', a.offset, a.shape) if is_whole_file else partial(np.asarray, a)
+
+def _opened(make):
+    a = make()
+    a.flags.writeable = False
+    return a
 
 # %% ../nbs/04_readers.ipynb #aa52a956
 class CifarReader(Transform):
@@ -59,7 +73,13 @@ class CifarReader(Transform):
         if not is_train.any(): return tuple(o[idxs - len(self.data.train.labels)] for o in self.data.test)
         return tuple(np.stack(o) for o in zip(*map(self.look_up, idxs)))
 
-    def __getstate__(self): return {**self.__dict__, '_data': None}
+    def __getstate__(self):
+        data = self._data if get_spawning_popen() else None  # a worker process that is being started gets the same data
+        return {**self.__dict__, '_data': data and _each_array(_portable, data)}
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if self._data: self._data = _each_array(_opened, self._data)
 
 # %% ../nbs/04_readers.ipynb #3a923e20
 class ImageReader(CifarReader):

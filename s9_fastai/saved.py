@@ -28,9 +28,9 @@ class Place(NamedTuple):
 class CannotGoOn(ValueError): "A run folder that a fit cannot begin in or go on from; the message says why"
 
 # %% ../nbs/05_saved.ipynb #0aff076f
-_kinds = dict(callbacks=list, done=bool, fits=list, grads=list, learner=dict, loaders=list, metrics=list, model=dict,
-              opt=dict, place=tuple, random=dict, time=float)
-_settings = dict(n_epoch=int, lr=list, wd=list, callbacks=str)  # of a fit, among others
+_kinds = dict(callbacks=list, changed=dict, done=bool, fits=list, frozen=dict, grads=list, learner=dict, loaders=list,
+              lost=list, metrics=list, model=dict, opt=dict, place=tuple, random=dict, time=float)
+_settings = dict(n_epoch=int, lr=list, wd=list)  # of a fit, among others
 
 def _place(v, n_epoch):
     ok = len(v) == 3 and type(v[0]) is type(v[2]) is int and v[1] in ('train', 'valid')
@@ -55,6 +55,9 @@ def read_checkpoint(
 )->dict: # Its state
     "The state in `path`; a ValueError for one that is damaged or no checkpoint, an OSError if it cannot be read"
     state = read_state(path)
+    if isinstance(state, dict) and 'fits' in state and 'changed' not in state:
+        raise ValueError(f'{path}: a checkpoint of s9_fastai 0.1.0, which later versions do not resume: install that '
+                         'version, or begin a new run')
     try: return _checked(state)
     except (AttributeError, TypeError, ValueError) as e:
         raise ValueError(f'{path}: not a checkpoint ({e}); use another copy') from e
