@@ -20,7 +20,8 @@ from fasttransform import ItemTransform
 import albumentations as A, cv2  # after fastai, whose star import would bring another A
 from .facts import MEAN
 from .keyed import ItemKey, KeyedTransform, item_key, item_seed, kept_global  # item_seed: for importers
-from .pipelines import check_kinds, check_pipeline, check_scaling, check_targets, moving, warn_sizes
+from .pipelines import (check_kinds, check_pipeline, check_scaling, check_targets, in_places, moving,
+                                 warn_sizes)
 from .pixels import from_uint8, to_uint8
 
 # %% ../nbs/01_augment.ipynb #8efe6c2b
@@ -44,8 +45,9 @@ class KeyedRandom:
 
 # %% ../nbs/01_augment.ipynb #d3530d2a
 class SubpixelAffine(A.Affine):
-    "`A.Affine` that shifts by fractions of a pixel, as albumentations 1.3 did; takes `translate_percent` only"
+    "`A.Affine` whose `translate_percent` shifts by fractions of a pixel, as albumentations 1.3 did"
     def _get_translate_params(self, image_shape):
+        if not self.translate_percent: return super()._get_translate_params(image_shape)
         h, w = image_shape[:2]
         return {ax: self.py_random.uniform(*self.translate_percent[ax]) * n for ax, n in (('x', w), ('y', h))}
 
@@ -159,8 +161,8 @@ class AlbumentationsTransform(KeyedTransform, ItemTransform):
         img, *rest = x
         inputs = [o for o in img if _is_image(o)] if isinstance(img, tuple) else []
         masks = [] if inputs else [y for y in rest if isinstance(y, PILMask)]
-        fixed = [y for y in rest if inputs or not isinstance(y, PILMask)]
-        check_targets(type(self).__name__, moving(pipe), [*inputs[1:], *fixed])
+        fixed = [y for y in (*inputs[1:], *rest) if in_places(y) and (inputs or not isinstance(y, PILMask))]
+        if fixed: check_targets(type(self).__name__, moving(pipe), fixed)
         if inputs: img = type(img)([self._image(pipe, o)[0] if _is_image(o) else o for o in img])
         else: img, masks = self._image(pipe, img, masks)
         masks = iter(masks)

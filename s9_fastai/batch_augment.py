@@ -48,8 +48,9 @@ def _border(t):
 
 def _fill(t):
     "The fill of `t`"
-    ok = not isinstance(t.fill, str) and all(0 <= c <= 255 and c == int(c) for c in np.ravel(t.fill))
-    _need(t, 'fill', ok, 'whole numbers from 0 to 255')
+    numbers, is_text = np.ravel(t.fill), isinstance(t.fill, str)
+    _need(t, 'fill', is_text or all(0 <= c <= 255 for c in numbers), 'from 0 to 255', 'give such numbers')
+    _need(t, 'fill', not is_text and all(c == int(c) for c in numbers), 'whole numbers from 0 to 255')
     return tuple(map(int, t.fill)) if np.ndim(t.fill) else int(t.fill)
 
 def _always(t): _need(t, 'p', t.p == 1, '1, as all images of a batch have one size', 'give it p=1')
@@ -62,10 +63,8 @@ def _affine(t):
     for arg in ('fit_output', 'balanced_scale'): _need(t, arg, not getattr(t, arg), 'False')
     _need(t, 'scale', min(np.ravel([*t.scale.values()])) > 0, 'above 0')
     unit, shift = 'whole', t.translate_percent or dict(x=still, y=still)
-    if type(t) is SubpixelAffine:
-        _need(t, 'translate_percent', t.translate_percent, 'given')
-        unit = 'side'
-    elif t.translate_px: unit, shift = 'px', {k: tuple(map(int, v)) for k, v in t.translate_px.items()}
+    if t.translate_px: unit, shift = 'px', {k: tuple(map(int, v)) for k, v in t.translate_px.items()}
+    elif type(t) is SubpixelAffine: unit = 'side'
     return BatchAffine(scale=(t.scale['x'], t.scale['y']), shift=(shift['x'], shift['y']), rotate=t.rotate, unit=unit,
                        keep_ratio=t.keep_ratio, p=t.p, **_border(t))
 
@@ -133,7 +132,7 @@ def _image_advice(x):
 def _batch_advice(x):
     "What to do with the images `x`, a plain tensor; None if they are uint8 (B, C, H, W)"
     if not x.numel(): return 'give at least one image of 1x1 pixels'
-    if x.ndim != 4: return 'use x[None]' if x.ndim < 4 else 'use x[0]'
+    if x.ndim != 4: return 'put it among the batch_tfms, or use x[None]' if x.ndim < 4 else 'use x[0]'
     if x.shape[1] > 4 and x.shape[3] in (1, 3, 4): return 'use x.permute(0, 3, 1, 2)'
     if x.dtype != torch.uint8: return f'put it among the batch_tfms, before IntToFloatTensor, or, {uint8_advice(x)}'
 

@@ -15,7 +15,7 @@ from fastai.vision.core import PILImage, PILImageBW, PILMask, TensorBBox, Tensor
 from fastai.vision.data import BBoxBlock, BBoxLblBlock, ImageBlock, MaskBlock, PointBlock
 from PIL import Image, ImageCms
 
-from s9_fastai.augment import POLICIES, AlbumentationsTransform, SubpixelAffine, get_policy
+from s9_fastai.augment import POLICIES, AlbumentationsTransform, get_policy
 from s9_fastai.batch_augment import BatchAugment, read_policy
 from s9_fastai.cifar import load_cifar
 from s9_fastai.data import cifar_block
@@ -333,7 +333,7 @@ def test_targets_of_a_pipeline_are_left_out(params):
 
 
 @pytest.mark.parametrize('blocks, get_y', [((ImageBlock, PointBlock), spot), ((ImageBlock, BBoxBlock, BBoxLblBlock), [box, box_label]),
-                                           ((ImageBlock, MaskBlock), spot_mask)], ids=['points', 'boxes', 'mask'])
+                                           ((ImageBlock, MaskBlock), spot_mask), ((ImageBlock, ImageBlock), bright)], ids=['points', 'boxes', 'mask', 'image'])
 def test_aug_transforms_move_both(blocks, get_y):
     "What the messages recommend for points, boxes and masks, beside colours from albumentations"
     block = DataBlock(blocks=blocks, get_items=range, get_x=bright, get_y=get_y, splitter=IndexSplitter([0]), n_inp=1,
@@ -342,6 +342,7 @@ def test_aug_transforms_move_both(blocks, get_y):
     places = torch.stack([where(o) for o in x])
     assert len(places.unique(dim=0)) > 4  # flips and quarter turns
     if isinstance(y, TensorMask): assert ((x[:, 0] > 0.5) == (y == 1)).all()
+    elif isinstance(y, TensorImage): assert ((x[:, 0] > 0.5) == (y[:, 0] > 0.5)).all()
     else:
         y = y.as_subclass(torch.Tensor)
         if y.shape[-1] == 4: y = (y[..., :2] + y[..., 2:])/2
@@ -526,20 +527,7 @@ def test_policies_that_are_named():
     assert named == [*POLICIES] and all(isinstance(get_policy(o), A.Compose) for o in named)
 
 
-# --- whole batches: what has no twin is augmented item by item
-
-refused = [
-    A.GaussNoise(p=1), A.OneOf([A.HorizontalFlip(p=1)], p=1), A.Sequential([A.HorizontalFlip(p=1)], p=1), A.Affine(shear=(0, 5), p=1), A.Affine(interpolation=2, p=1),
-    A.Affine(border_mode=3, p=1), A.Affine(fit_output=True, p=1), A.Affine(balanced_scale=True, p=1), A.Affine(fill=(0.5, 0, 0), p=1), SubpixelAffine(p=1, translate_percent=0.1, shear=3),
-    A.CoarseDropout(fill='random', p=1), A.CoarseDropout(hole_height_range=(4, 8), p=1), A.RandomBrightnessContrast(brightness_by_max=False, ensure_safe_range=True, p=1),
-    A.RandomCrop(8, 8, pad_if_needed=True), A.PadIfNeeded(20, 20, position='random'), A.PadIfNeeded(None, 20, pad_height_divisor=8), A.PadIfNeeded(20, 20, border_mode=3)]
-
-
-@pytest.mark.parametrize('t', refused, ids=lambda t: type(t).__name__)
-def test_augment_item_by_item_instead(t):
-    with pytest.raises(ValueError, match=r"with AlbumentationsTransform \(augment='item'\)"): BatchAugment.from_compose(A.Compose([t]))
-    assert quietly(lambda: AlbumentationsTransform(A.Compose([t]))(ramp, split_idx=0)).dtype == np.uint8
-
+# --- whole batches; `test_batch_augment` augments item by item what has no twin
 
 @pytest.mark.parametrize('pipe', [A.ReplayCompose([A.HorizontalFlip()]), A.Sequential([A.HorizontalFlip()]), A.OneOf([A.HorizontalFlip()])], ids=lambda p: type(p).__name__)
 def test_other_compositions_item_by_item_instead(pipe):
@@ -573,7 +561,8 @@ def test_smaller_holes_and_fills_for_the_channels():
     with pytest.raises(ValueError, match='give smaller holes'): BatchAugment.from_compose(A.Compose([A.CoarseDropout((1, 1), (20, 30), (4, 8), p=1)]))(x, split_idx=0)
     BatchAugment.from_compose(A.Compose([A.CoarseDropout((1, 1), (16, 16), (4, 8), p=1)]))(x, split_idx=0)
     with pytest.raises(ValueError, match='the images have 3 channels: give one number, or 3'): BatchAugment.from_compose(A.Compose([A.CoarseDropout(fill=(1, 2), p=1)]))(x, split_idx=0)
-    for fill in (7, (1, 2, 3)): BatchAugment.from_compose(A.Compose([A.CoarseDropout(fill=fill, p=1)]))(x, split_idx=0)
+    with pytest.raises(ValueError, match='from 0 to 255: give such numbers'): BatchAugment.from_compose(A.Compose([A.CoarseDropout(fill=300)]))
+    for fill in (0, 255, 7, (1, 2, 3)): BatchAugment.from_compose(A.Compose([A.CoarseDropout(fill=fill, p=1)]))(x, split_idx=0)
 
 
 # --- readers

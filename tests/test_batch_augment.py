@@ -43,6 +43,7 @@ transforms = {
     'vertical flip': lambda: A.VerticalFlip(p=1),
     'subpixel, reflect_101': lambda: SubpixelAffine(**turn(translate_percent=(-0.0625, 0.0625), keep_ratio=True, border_mode=reflect_101)),
     'subpixel, replicate': lambda: SubpixelAffine(**turn(translate_percent={'x': (-0.3, 0.1), 'y': 0.1}, border_mode=replicate)),
+    'subpixel, no shift': lambda: SubpixelAffine(**turn()), 'subpixel, pixels': lambda: SubpixelAffine(**turn(translate_px=(-3, 5))),
     'subpixel, constant': lambda: SubpixelAffine(**turn(translate_percent=0.2, border_mode=constant)),
     'affine, whole pixels': lambda: A.Affine(**turn(translate_percent=(-0.1, 0.1), border_mode=reflect_101)),
     'affine, pixels': lambda: A.Affine(**turn(translate_px={'x': (-3, 5), 'y': (0, 2)}, fill=77)),
@@ -409,11 +410,11 @@ class MyFlip(A.HorizontalFlip):
     (lambda: A.Affine(balanced_scale=True), 'Affine: balanced_scale is True, but .* must be False'),
     (lambda: A.Affine(scale=(0, 1)), 'Affine: scale is .* must be above 0'),
     (lambda: A.Affine(fill=(0.5, 0, 0)), 'Affine: fill is .* must be whole numbers from 0 to 255'),
-    (lambda: SubpixelAffine(), 'SubpixelAffine: translate_percent is None, but .* must be given'),
+    (lambda: A.Affine(fill=-1), 'Affine: fill is -1, but .* must be from 0 to 255: give such numbers'),
     (lambda: A.ShiftScaleRotate(interpolation=0), 'ShiftScaleRotate: interpolation is 0, but'),
     (lambda: A.CoarseDropout(fill='random'), "CoarseDropout: fill is 'random', but .* must be whole numbers"),
     (lambda: A.CoarseDropout(fill='inpaint_ns'), "CoarseDropout: fill is 'inpaint_ns', but"),
-    (lambda: A.CoarseDropout(fill=300), 'CoarseDropout: fill is 300'),
+    (lambda: A.CoarseDropout(fill=300), 'CoarseDropout: fill is 300, but .* must be from 0 to 255: give such numbers'),
     (lambda: A.CoarseDropout(hole_height_range=(4, 8)), 'CoarseDropout: hole_width_range is .* in pixels or in parts'),
     (lambda: A.CoarseDropout(max_holes=1), 'CoarseDropout does not know max_holes'),
     (lambda: A.RandomBrightnessContrast(brightness_by_max=False, ensure_safe_range=True), 'brightness_by_max is False, but'),
@@ -427,7 +428,11 @@ class MyFlip(A.HorizontalFlip):
 ])
 def test_what_has_no_twin_is_refused(make, message):
     with pytest.raises(ValueError, match=message) as e: BatchAugment.from_compose(A.Compose([quietly(make)]))
-    assert any(o in str(e.value) for o in ('does not know', "with AlbumentationsTransform (augment='item')", 'give it p=1'))
+    item_by_item = "augment item by item instead, with AlbumentationsTransform (augment='item')" in str(e.value)
+    assert item_by_item != any(o in str(e.value) for o in ('does not know', 'give it p=1', 'give such numbers'))
+    if item_by_item:  # the remedy works
+        tfm = AlbumentationsTransform(A.Compose([quietly(make)]))
+        for _ in range(5): assert quietly(lambda: tfm(np.full((16, 16, 3), 90, np.uint8), split_idx=0)).dtype == np.uint8
 
 
 @pytest.mark.parametrize('t', [A.Normalize(MEAN, STD), A.Normalize(normalization='image'), A.ToFloat(), A.FromFloat()], ids=lambda t: type(t).__name__)
