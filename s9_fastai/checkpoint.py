@@ -72,7 +72,7 @@ class Checkpoint(Callback):
 
 
     @property
-    def can_skip(self): return all(isinstance(dl, KeyedDL) for dl in self.dls.loaders)
+    def can_skip(self): return all(isinstance(dl, KeyedDL) and dl.can_skip for dl in self.dls.loaders)
 
 # %% ../nbs/07_checkpoint.ipynb #d3c43790
 @patch
@@ -90,7 +90,7 @@ def before_fit(self:Checkpoint):
     self.learn.remove_cb(SkipTo)
     try:
         self.begin_again()
-        self.fits[self.n_fits:] = [fit_settings(self.learn)]
+        self.fits[self.n_fits:] = [fit_settings(self.learn, is_first=not self.n_fits)]
         self.begin_or_go_on()
     except BaseException:
         self.release()  # somebody else may have the folder
@@ -105,10 +105,9 @@ def own_cbs(self:Checkpoint):
 @patch
 def begin_again(self:Checkpoint):
     "Undo what an earlier try of this fit, in this process, has changed; settings that were changed since stay"
-    roots = fit_roots(self.learn, self.own_cbs())
     if self.begun[0] == self.n_fits:
-        self.begun[1].undo(roots, lambda path, o, k: k in init_params(o) and (path, k) not in self.moved)
-    self.begun = self.n_fits, FitChanges(roots)
+        self.begun[1].undo(lambda path, o, k: k in init_params(o) and (path, k) not in self.moved)
+    self.begun = self.n_fits, FitChanges(fit_roots(self.learn, self.own_cbs()))
 
 @patch
 def begin_or_go_on(self:Checkpoint):
@@ -169,7 +168,7 @@ def check(self:Checkpoint,
                          'a new folder, or force it and get a result of both')
     if changed: warnings.warn(f'{self.run_dir} goes on with changed settings: {changed}')
 
-# %% ../nbs/07_checkpoint.ipynb #375e0673
+# %% ../nbs/07_checkpoint.ipynb #936efee0
 _remedy = ('give its class state_dict and load_state_dict, or the attribute to not_saved where no result depends on it')
 
 def is_lazy(
@@ -186,8 +185,8 @@ def warn_lost(self:Checkpoint,
     new = [o for o in lost if o not in self.lost]
     self.lost += new
     if new:
-        warnings.warn(f'{self.run_dir}: {", ".join(new[:9])} changed in this fit and cannot be saved, so that it cannot '
-                      f'be resumed exactly: {_remedy}')
+        warnings.warn(f'{self.run_dir}: {", ".join(new[:9])} changed in this fit and cannot be saved, so that it '
+                      f'cannot be resumed exactly: {_remedy}')
 
 @patch
 def check_lost(self:Checkpoint,

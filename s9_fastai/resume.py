@@ -11,6 +11,7 @@ from textwrap import shorten
 
 import torch
 from fastai.callback.core import Callback, CancelEpochException, CancelTrainException
+from fastai.callback.progress import CSVLogger
 from fastai.learner import Learner
 from fastai.optimizer import Optimizer
 from fastai.torch_core import to_device
@@ -68,7 +69,20 @@ def learner_state(
         grads=_grads(learn), opt=learn.opt.state_dict(), metrics=[object_state(m) for m in learn.metrics],
         callbacks=[(cb.name, object_state(cb)) for cb in learn.cbs if cb not in but],
         loaders=[loader_state(dl) for dl in learn.dls.loaders], random=random_state(),
-        frozen=_frozen(learn), changed=changed, lost=lost)
+        frozen=_frozen(learn), changed=changed, lost=lost,
+        csv=[_csv_text(cb) for cb in learn.cbs if isinstance(cb, CSVLogger)])
+
+# %% ../nbs/06_resume.ipynb #693bb376
+def _csv_text(cb):
+    if not cb.file.closed: cb.file.flush()
+    return (cb.path/cb.fname).read_text()
+
+def _load_csv(cb, text):
+    if not isinstance(text, str): raise ValueError(f'{cb.fname} was {text!r}')
+    cb.file.seek(0)
+    cb.file.truncate()
+    cb.file.write(text)
+    cb.file.flush()
 
 # %% ../nbs/06_resume.ipynb #a60a174f
 def _like(p, t):
@@ -138,6 +152,7 @@ def load_learner_state(
         for m, o in zip(learn.metrics, state['metrics'], strict=True): load_object_state(m, o)
         _load_callbacks(learn.cbs, list(state['callbacks']))
         put_changes(fit_roots(learn, but), state['changed'])
+        for cb, text in zip([cb for cb in learn.cbs if isinstance(cb, CSVLogger)], state['csv']): _load_csv(cb, text)
         for i, (dl, o) in enumerate(zip(learn.dls.loaders, state['loaders'], strict=True)):
             load_loader_state(dl, o, begin[1] if i == begin[0] else 0)
         load_random_state(state['random'])

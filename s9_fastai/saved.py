@@ -28,8 +28,8 @@ class Place(NamedTuple):
 class CannotGoOn(ValueError): "A run folder that a fit cannot begin in or go on from; the message says why"
 
 # %% ../nbs/05_saved.ipynb #0aff076f
-_kinds = dict(callbacks=list, changed=dict, done=bool, fits=list, frozen=dict, grads=list, learner=dict, loaders=list,
-              lost=list, metrics=list, model=dict, opt=dict, place=tuple, random=dict, time=float)
+_kinds = dict(callbacks=list, changed=dict, csv=list, done=bool, fits=list, frozen=dict, grads=list, learner=dict,
+              loaders=list, lost=list, metrics=list, model=dict, opt=dict, place=tuple, random=dict, time=float)
 _settings = dict(n_epoch=int, lr=list, wd=list)  # of a fit, among others
 
 def _place(v, n_epoch):

@@ -16,7 +16,6 @@ from types import BuiltinFunctionType, FunctionType, MethodType
 import numpy as np, torch
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
-from fastai.optimizer import Optimizer
 from fastcore.foundation import L
 from torch import nn
 from torch.distributions import Distribution
@@ -27,11 +26,12 @@ from .environment import environment
 from .fast import number_format
 from .objects import not_saved
 
-# %% ../nbs/06_settings.ipynb #18e0f250
+# %% ../nbs/06_settings.ipynb #2660b936
 # addresses, which always differ; the device, of which the kind is a setting of its own; and how many variants a
 # transform of fastai has, since any module that a process imports may add some
 _noise = re.compile(r" at 0x[0-9a-f]+|, device='[^']*'|\(enc:\d+,dec:\d+\)")
 _collections, _depth, _many = (list, tuple, L, set, frozenset, deque), 6, 20
+_named = (type, FunctionType, MethodType, BuiltinFunctionType, np.ufunc)
 
 def _plain(o): return ' '.join(_noise.sub('', str(o)).split())
 
@@ -46,12 +46,16 @@ def _describe_many(o, depth):
 def _describe_tensor(o):
     return str(o.tolist()) if o.size <= _many else f'{o.dtype} {list(o.shape)}, {digest(o)}'
 
+def _arguments(values, depth=0): return [f'{k}={describe(v, depth + 1)}' for k, v in values.items()]
+
+def _describe_call(f, values): return f'{_name(f)}({", ".join(_arguments(values))})'
+
 def given(
     o, # Any object
 )->dict: # Values by name
     "What the constructors of `o` were given and it keeps under the same name, with an underscore or without"
     own, names = attributes(o), init_params(o) - not_saved(o)
-    return {nm: own[k] for nm in sorted(names) for k in (nm, f'_{nm}') if k in own}
+    return {nm: own[k] for nm in sorted({*names, 'func'}) for k in (nm, f'_{nm}') if k in own}  # losses have a func
 
 def describe(
     o, # Any value
@@ -62,19 +66,19 @@ def describe(
     if o is None or isinstance(o, (bool, int, float, str, complex)): return repr(o)
     if isinstance(o, torch.Tensor): o = o.detach().as_subclass(torch.Tensor).cpu().float().numpy()
     if isinstance(o, np.ndarray): return _describe_tensor(o)
-    if isinstance(o, (type, FunctionType, MethodType, BuiltinFunctionType, np.ufunc)) or depth >= _depth: return _name(o)
+    if isinstance(o, _named) or depth >= _depth: return _name(o)
     if isinstance(o, partial):
-        args = [describe(v, depth + 1) for v in o.args] + [f'{k}={describe(v, depth + 1)}' for k, v in o.keywords.items()]
+        args = [*(describe(v, depth + 1) for v in o.args), *_arguments(o.keywords, depth)]
         return f'{_name(o.func)}({", ".join(args)})'
     if isinstance(o, (*_collections, Mapping)): return _describe_many(o, depth)
-    if isinstance(o, Distribution): return _plain(o)
+    if isinstance(o, Distribution): return _describe_call(type(o), {k: getattr(o, k) for k in o.arg_constraints})
     return _describe_object(o, depth)
 
 def _describe_object(o, depth):
-    args = ', '.join(f'{k}={describe(v, depth + 1)}' for k, v in given(o).items())
     if isinstance(o, nn.Module):
-        bufs = ', '.join(f'{k}={describe(v)}' for k, v in o.named_buffers())
-        return ' '.join(filter(None, (_plain(repr(o)), bufs, args)))
+        fixed = {} if next(o.parameters(), None) is not None else dict(o.named_buffers())  # as the weights of a loss
+        return ' '.join([_plain(repr(o)), *(f'{k}={describe(v)}' for k, v in fixed.items())])
+    args = ', '.join(_arguments(given(o), depth))
     text = _plain(o) if type(o).__repr__ is not object.__repr__ and not hasattr(o, '_default') else ''
     return ' '.join(filter(None, (text if depth == 0 else '', f'{_name(type(o))}({args})')))
 
@@ -88,7 +92,7 @@ def describe_callback(
     kept.update({k: v.key for k, v in vars(cb).items() if isinstance(getattr(v, 'key', None), str)})  # a teacher
     if isinstance(cb, ParamScheduler) and set(kept) <= {'scheds'}:  # a `StepLR` is described by its arguments
         kept = {k: [f(pct/4) for pct in range(5)] for k, f in cb.scheds.items()}
-    args = ', '.join(f'{k}={v if isinstance(v, (str, Distribution)) else describe(v)}' for k, v in kept.items())
+    args = ', '.join(f'{k}={v if isinstance(v, str) else describe(v)}' for k, v in kept.items())
     return f'{cb.name}({_plain(args)})' if args else cb.name
 
 # callbacks of ours that change no result, and one that the recipe's `norm` brings along
@@ -104,11 +108,11 @@ def _callbacks(learn):
         found[f'callback {cb.name}' + (f'[{n}]' if n else '')] = describe_callback(cb)
     return found
 
-# %% ../nbs/06_settings.ipynb #eb0765f6
+# %% ../nbs/06_settings.ipynb #03aaacd9
 # what a loader is given that changes no batch; its transforms have fields of their own
-_aside = {*'''dataset num_workers device pin_memory pin_memory_device timeout seed persistent_workers wif verbose do_setup indexed
-    after_item before_batch after_batch worker_init_fn multiprocessing_context generator prefetch_factor in_order n batch_size
-    batch_sampler'''.split()}
+_aside = {*'''dataset num_workers device pin_memory pin_memory_device timeout seed persistent_workers wif verbose
+    do_setup indexed after_item before_batch after_batch worker_init_fn multiprocessing_context generator
+    prefetch_factor in_order n bs batch_size batch_sampler'''.split()}
 
 def _transforms(pipe): return ', '.join(map(describe, getattr(pipe, 'fs', [pipe])))  # or any function in its place
 
@@ -117,7 +121,7 @@ def _loader(dl):
     flags = {k: v for k, v in given(dl).items() if k not in _aside}
     tfms = {nm: _transforms(getattr(dl, nm, None)) for nm in ('after_item', 'before_batch', 'after_batch')}
     return {'bs': getattr(dl, 'bs', getattr(dl, 'batch_size', None)), 'items': data_digest(dl),
-            'loader': f'{_name(type(dl))}({", ".join(f"{k}={describe(v)}" for k, v in flags.items() if k != "bs")})', **tfms}
+            'loader': f'{_name(type(dl))}({", ".join(_arguments(flags))})', **tfms}
 
 def _loaders(dls):
     "The settings of both loaders; those of the second have a name only where they differ"
@@ -130,31 +134,41 @@ def _vocab(dls):
     except Exception: return None  # no loader of these has one
     return vocab
 
-def _optimizer(opt):
-    "Class, steps and defaults of `opt`, but for the rates, which have fields of their own"
+_rates = ('lr', 'wd', 'weight_decay', 'frozen_idx')
+
+def _scheduled(learn): return {k for cb in learn.cbs if isinstance(cb, ParamScheduler) for k in cb.scheds}
+
+def _optimizer(learn, is_first):
+    "How the optimizer is made, its class, steps and numbers, but for rates and what is scheduled"
+    opt, aside = learn.opt, {*_rates, *_scheduled(learn)}
     own = getattr(opt, 'opt', opt)  # torch's in an `OptimWrapper`
     numbers = {k: v for k, v in {**getattr(own, 'defaults', {}), **vars(own)}.items()
-               if isinstance(v, (int, float, tuple)) and k[0] != '_' and k not in ('lr', 'wd', 'weight_decay', 'frozen_idx')}
-    return f'{_name(type(own))}({", ".join(map(describe, getattr(own, "cbs", ())))}) {describe(numbers)}'
+               if isinstance(v, (int, float, tuple)) and k[0] != '_' and k not in aside}
+    if is_first: numbers.update({k: [h[k] for h in opt.hypers] for k in {*opt.hypers[0]} - aside})
+    made = f'{describe(learn.opt_func)}, {_name(type(own))}({", ".join(map(describe, getattr(own, "cbs", ())))})'
+    return f'{made} {describe(dict(sorted(numbers.items())))}'
 
 def _model(m):
     "The layers of `m`, and the numbers that layers of others than torch were given"
     own = {nm: given(o) for nm, o in m.named_modules() if not type(o).__module__.startswith('torch.nn')}
-    args = {f'{nm}.{k}': v for nm, o in own.items() for k, v in o.items() if isinstance(v, (bool, int, float, str, tuple))}
+    args = {f'{nm}.{k}': v for nm, o in own.items() for k, v in o.items()
+            if isinstance(v, (bool, int, float, str, tuple))}
     return f'{_plain(m)} {", ".join(f"{k}={v!r}" for k, v in args.items())}'.strip()
 
-# %% ../nbs/06_settings.ipynb #9eef8cab
+# %% ../nbs/06_settings.ipynb #e9fc027f
 def _device(learn): return next((p.device for p in learn.model.parameters()), torch.device('cpu'))
 
 def fit_settings(
     learn:Learner, # In `before_fit`
+    is_first:bool=True, # The first fit of `learn`? Before a later one, an earlier schedule may have left any momentum
 )->dict: # Texts and numbers by name
     "What the result of a fit of `learn` depends on"
     recipe = asdict(learn.recipe) if hasattr(learn, 'recipe') else {}
     device, opt = _device(learn), learn.opt
     return {**{k: v for k, v in recipe.items() if k != 'epochs'}, **_loaders(learn.dls), 'vocab': _vocab(learn.dls),
-            'data_key': getattr(learn.dls, 'data_key', None), 'model': _model(learn.model), 'optimizer': _optimizer(opt),
-            'loss_func': describe(learn.loss_func), 'metrics': describe([m.name for m in learn.metrics]),
+            'data_key': getattr(learn.dls, 'data_key', None), 'model': _model(learn.model),
+            'optimizer': _optimizer(learn, is_first), 'loss_func': describe(learn.loss_func),
+            'metrics': describe([m.name for m in learn.metrics]),
             **_callbacks(learn), 'device': device.type, 'train_bn': learn.train_bn, 'wd_bn_bias': learn.wd_bn_bias,
             'numbers': str(number_format(device)) if hasattr(learn, 'autocast') else 'as in the model',
             'n_epoch': learn.n_epoch, **{k: [h.get(k) for h in opt.hypers] for k in ('lr', 'wd')}, **environment()}

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Mapping
 from decimal import Decimal
 from itertools import count
+from pathlib import Path
 
 import numpy as np, safetensors.torch, torch
 from fastcore.foundation import L
@@ -20,7 +21,7 @@ from safetensors import safe_open
 from .files import replacing
 from .generators import GeneratorState, generator_state
 
-# %% ../nbs/01_state.ipynb #a5a9fd2f
+# %% ../nbs/01_state.ipynb #1b654a56
 _lists = dict(list=list, tuple=tuple, L=L)
 _sets = dict(set=set, frozenset=frozenset)
 
@@ -45,7 +46,7 @@ def _encode_list(o, tensors):
             return {'scalars': _put(torch.stack([*o]), tensors), 'as': kind}
     return {kind: [encode(v, tensors) for v in o]}
 
-# %% ../nbs/01_state.ipynb #b17f543d
+# %% ../nbs/01_state.ipynb #b459c0d8
 _count = re.compile(r'count\((-?[\d.e+-]+)(?:, (-?[\d.e+-]+))?\)')
 
 def _to_number(text): return int(text) if re.fullmatch(r'-?\d+', text) else float(text)
@@ -54,7 +55,8 @@ def _to_count(text): return count(*(_to_number(o) for o in _count.fullmatch(text
 
 # by kind: type, value -> text, text -> value
 _texts = {'bytes': (bytes, bytes.hex, bytes.fromhex), 'bytearray': (bytearray, bytearray.hex, bytearray.fromhex),
-          'complex': (complex, repr, complex), 'decimal': (Decimal, str, Decimal), 'count': (count, repr, _to_count)}
+          'complex': (complex, repr, complex), 'decimal': (Decimal, str, Decimal), 'count': (count, repr, _to_count),
+          'path': (type(Path()), str, Path)}
 
 def _encode_text(o):
     "`o` as the text of its kind in `_texts`; None for another type"
@@ -87,7 +89,7 @@ def encode(
     if g := generator_state(o): return {'generator': [g.kind, encode(g.state, tensors)]}
     raise TypeError(f'{type(o).__name__} cannot be kept in a file of numbers')
 
-# %% ../nbs/01_state.ipynb #7e528dd6
+# %% ../nbs/01_state.ipynb #597f410e
 def can_encode(
     o, # Anything
 )->bool:
@@ -134,7 +136,7 @@ def decode(
 ): # The value
     "What `encode` was given, a `GeneratorState` for a generator; a ValueError for what it could not have made"
     try: return _decode(o, tensors)
-    except (AttributeError, ArithmeticError, LookupError, TypeError, RuntimeError) as e:  # one of them is RecursionError
+    except (AttributeError, ArithmeticError, LookupError, TypeError, RuntimeError) as e:  # also RecursionError
         raise ValueError(f'not what `encode` makes: {type(e).__name__}: {e}') from e
 
 # %% ../nbs/01_state.ipynb #dd86bb06
@@ -212,6 +214,9 @@ def save_weights(
     write_tensors(path, model.state_dict(), **about)
 
 # %% ../nbs/01_state.ipynb #a8c7a943
+def _kind_of_weight(v): # the extra state of a module may be anything
+    return f'{v.dtype} {list(v.shape)}' if isinstance(v, torch.Tensor) else 'an extra state'
+
 def check_weights(
     model:torch.nn.Module, # Stays as it is
     weights:dict, # Tensors by name
@@ -219,7 +224,7 @@ def check_weights(
     "A ValueError that names the first of `weights` that has no place in `model`, or of another type or shape there"
     old = model.state_dict()
     for k in [*old, *weights]:
-        a, b = (f'{o[k].dtype} {list(o[k].shape)}' if k in o else 'nothing' for o in (weights, old))
+        a, b = (_kind_of_weight(o[k]) if k in o else 'nothing' for o in (weights, old))
         if a != b: raise ValueError(f'{k} is {a}, but this model has {b} there')
 
 def load_weights(

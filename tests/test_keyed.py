@@ -4,7 +4,6 @@ import multiprocessing
 import operator
 import pickle
 import random
-from functools import partial
 from multiprocessing.context import set_spawning_popen
 
 import albumentations as A
@@ -12,9 +11,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from fastai.callback.core import Callback
 from fastai.callback.data import PartialDL, WeightedDL
-from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
-from fastai.data.core import DataLoaders, Datasets, TfmdDL
+from fastai.data.block import CategoryBlock, DataBlock
+from fastai.data.core import Datasets, TfmdDL
 from fastai.data.load import DataLoader, SkipItemException
 from fastai.data.transforms import IndexSplitter, IntToFloatTensor, ToTensor
 from fastai.learner import Learner
@@ -30,7 +30,8 @@ from torch import nn
 
 from s9_fastai.augment import AlbumentationsTransform, AlternatingFlip, KeyedRandom
 from s9_fastai.batch_augment import BatchAugment
-from s9_fastai.cifar import Cifar10, Split, load_cifar
+from s9_fastai.checkpoint import Checkpoint
+from s9_fastai.cifar import Cifar10, Split
 from s9_fastai.data import CifarDL, cifar_block
 from s9_fastai.keyed import (ItemKey, KeyedDL, KeyedTransform, item_key, item_seed, kept_global, keyed_class, make_keyed, seed_global,
                              under_key)
@@ -176,8 +177,7 @@ def test_an_exported_learner_opens_with_its_keyed_loaders(cls, tmp_path):
 
 # --- any data set and loader
 
-@pytest.mark.parametrize('bs', [3, 8, 50])
-@pytest.mark.parametrize('num_workers', [0, 1, 2])
+@pytest.mark.parametrize('num_workers, bs', [(0, 3), (1, 50), (2, 8)])
 def test_a_plain_datablock_draws_by_item(num_workers, bs):
     block = image_block([Anybody(), AlbumentationsTransform(noise)])
     ref, dls = (loaders(block, w, b, seed=5) for w, b in ((0, 8), (num_workers, bs)))
@@ -247,9 +247,29 @@ def test_an_iterable_data_set(num_workers):
     assert KeyedDL(Stream(), bs=4, seed=1, num_workers=0, drop_last=True).one_batch().tolist() == [0, 1, 2, 3]
 
 
-def test_an_iterable_data_set_cannot_go_on_in_the_middle():
-    dl = KeyedDL(Stream(), bs=4, seed=1, num_workers=0)
-    dl.begin = (0, 1)
+class Backwards(TfmdDL):
+    "A loader with its own way through the epoch"
+    def sample(self):
+        own = [i for i in range(self.n) if i//self.bs % self.num_workers == self.offs]
+        return iter([self.n - 1 - i for i in own])
+
+
+def test_a_loader_with_its_own_sample():
+    def make(w): return floats(keyed_class(Backwards), seed=1, num_workers=w)
+    ref = epochs(make(0))
+    assert ref[0][:, 0].tolist() == list(range(19, -1, -1)) and len(torch.cat(ref)[:, 1].unique()) == 40 and equal(epochs(make(2)), ref)
+
+
+not_skipping = {'iterable': lambda: KeyedDL(Stream(), bs=4, seed=1, num_workers=0), 'own sample': lambda: floats(keyed_class(Backwards), seed=1),
+                'a sample function': lambda: floats(seed=1, sample=lambda: iter([1, 2, 3]))}
+
+
+@pytest.mark.parametrize('kind', not_skipping)
+def test_these_cannot_go_on_in_the_middle(kind):
+    dl = not_skipping[kind]()
+    assert not dl.can_skip and floats(seed=1).can_skip
+    next(iter(dl))  # from the beginning they can
+    dl.begin = (1, 1)
     with pytest.raises(ValueError, match='iterable one.*save after whole epochs'): next(iter(dl))
 
 
@@ -391,6 +411,31 @@ def test_a_training_is_the_same_with_any_number_of_workers():
         return [p.data for p in net.parameters()]
     ref = weights(0)
     for w in (1, 2): assert equal(weights(w), ref)
+
+
+class Stop(Callback):
+    "Ends a fit in the middle of its second epoch, where it is on"
+    is_on = False
+    def after_batch(self):
+        if Stop.is_on and self.training and self.train_iter == 12: raise SystemError('broken off')
+
+
+@pytest.mark.parametrize('num_workers', [0, 2])
+def test_a_plain_datablock_goes_on_in_the_middle_of_an_epoch(num_workers, tmp_path, monkeypatch):
+    "Its loaders are keyed, so `Checkpoint` can save after any batch: the same weights, whatever a new process draws"
+    def fit(run_dir, seed):
+        dls = loaders(image_block([Anybody(), AlbumentationsTransform(noise)], [BatchAugment.from_compose(flips[0]), IntToFloatTensor()]), num_workers, bs=4)
+        set_seed(0)
+        net = nn.Sequential(nn.Flatten(), nn.Dropout(0.5), nn.Linear(768, 2))
+        learn = Learner(dls, net, loss_func=CrossEntropyLossFlat(), lr=1e-3, cbs=[Checkpoint(run_dir, every=3), Stop()])
+        if seed: set_seed(seed)
+        with learn.no_bar(), learn.no_logging(): learn.fit(2)
+        return [p.data for p in net.parameters()]
+    whole = fit(tmp_path/'whole', 0)
+    with monkeypatch.context() as m:
+        m.setattr(Stop, 'is_on', True)
+        with pytest.raises(SystemError): fit(tmp_path/'broken', 0)
+    assert equal(fit(tmp_path/'broken', 7), whole)
 
 
 def test_the_generators_of_an_item_differ_from_one_another():
@@ -546,3 +591,22 @@ def test_batches_that_are_not_an_image_an_item_have_keys():
         keys = make(0, **kw)
         np.testing.assert_array_equal(keys, make(2, **kw))
         assert len(np.unique(keys)) == 2*6*4
+
+
+def test_a_batch_that_failed_leaves_no_items_to_the_next():
+    tfms = [AlbumentationsTransform(A.Compose([]))]
+    def make():
+        block, spy = spied([BatchAugment([])], item_tfms=tfms)
+        return loaders(block).train, spy
+    (dl, spy), (ref, expected) = make(), make()
+    for o in (dl, ref): o._make = o.create_item
+    def fails(s):
+        if len(dl.drawn) == 3: raise RuntimeError('stop')
+        return dl._make(s)
+    dl.create_item = fails
+    with pytest.raises(RuntimeError): list(dl)
+    del dl.create_item
+    ref.epoch = 0
+    spy.keys.clear(), expected.keys.clear()
+    list(dl), list(ref)
+    np.testing.assert_array_equal(spy.keys, expected.keys)

@@ -307,7 +307,7 @@ def test_a_step_schedule_can_be_made_longer(tmp_path):
 
 changed = {'lr': (dict(), lambda learn: learn.fit(3, 0.2)), 'wd': (dict(), lambda learn: learn.fit(3, 0.1, wd=0.1)),
            'n_epoch': (dict(), one_cycle), 'bs': (dict(dls=lambda: tiny_dls(bs=8)), fit3), 'after_item': (dict(dls=lambda: tiny_dls('none')), fit3),
-           'step_size': (dict(recipe=get_recipe(n_channels=4, step_size=3, compute='plain')), fit3), 'callbacks': (dict(cbs=[MixUp()]), fit3),
+           'step_size': (dict(recipe=get_recipe(n_channels=4, step_size=3, compute='plain')), fit3), 'callback mix_up': (dict(cbs=[MixUp()]), fit3),
            'optimizer': (dict(opt_func=SGD), fit3), 'n_channels': (dict(recipe=get_recipe(n_channels=6, step_size=2, compute='plain')), fit3)}
 
 
