@@ -1,6 +1,8 @@
 "The public rooms in one line, for notebooks: `from s9_fastai.all import *`. Nothing inside the package uses it."
 from s9_fastai.keyed import *
 from s9_fastai.cifar import *
+from s9_fastai.pixels import *
+from s9_fastai.pipelines import *
 from s9_fastai.augment import *
 from s9_fastai.batch_ops import *
 from s9_fastai.batch_augment import *

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['POLICIES', 'KeyedRandom', 'SubpixelAffine', 'AlternatingFlip', 'reference_policy', 'flip_crop_policy',
-           'flip_crop_cutout_policy', 'get_policy', 'check_pipeline', 'to_uint8', 'from_uint8',
-           'AlbumentationsTransform']
+           'flip_crop_cutout_policy', 'get_policy', 'AlbumentationsTransform']
 
 # %% ../nbs/01_augment.ipynb #8d5e0a92
 import random
@@ -14,12 +13,16 @@ from functools import partial
 
 import numpy as np, torch
 from PIL import Image
-from fastai.vision.core import LabeledBBox, PILBase, PILMask, TensorBBox, TensorImage, TensorImageBase, TensorPoint
+from fastai.data.core import TfmdDL
+from fastai.vision.core import PILMask
 from fasttransform import ItemTransform
 
 import albumentations as A, cv2  # after fastai, whose star import would bring another A
 from .facts import MEAN
-from .keyed import ItemKey, KeyedTransform, item_key, item_seed  # the last for whoever imports this room
+from .keyed import ItemKey, KeyedTransform, item_key, item_seed, kept_global  # item_seed: for importers
+from .pipelines import (check_kinds, check_pipeline, check_scaling, check_targets, in_places, moving,
+                                 warn_sizes)
+from .pixels import from_uint8, to_uint8
 
 # %% ../nbs/01_augment.ipynb #8efe6c2b
 class KeyedRandom:
@@ -42,8 +45,9 @@ class KeyedRandom:
 
 # %% ../nbs/01_augment.ipynb #d3530d2a
 class SubpixelAffine(A.Affine):
-    "`A.Affine` that shifts by fractions of a pixel, as albumentations 1.3 did; takes `translate_percent` only"
+    "`A.Affine` whose `translate_percent` shifts by fractions of a pixel, as albumentations 1.3 did"
     def _get_translate_params(self, image_shape):
+        if not self.translate_percent: return super()._get_translate_params(image_shape)
         h, w = image_shape[:2]
         return {ax: self.py_random.uniform(*self.translate_percent[ax]) * n for ax, n in (('x', w), ('y', h))}
 
@@ -98,57 +102,17 @@ def get_policy(
     if name not in POLICIES: raise ValueError(f'policy is {name!r}, but must be one of {", ".join(POLICIES)}')
     return POLICIES[name]()
 
-# %% ../nbs/01_augment.ipynb #915d82c2
-def check_pipeline(
-    pipe:A.BaseCompose, # `A.Compose`, `A.OneOf`, ...
-):
-    "TypeError unless `pipe` is a composition; ValueError for an argument that a transform in it does not know"
-    if not isinstance(pipe, A.BaseCompose):
-        raise TypeError(f'a pipeline must be an A.Compose([...]) of albumentations, got {type(pipe).__name__}: '
-                        'wrap it in A.Compose')
-    for t in pipe.transforms:
-        if isinstance(t, A.BaseCompose): check_pipeline(t)
-        elif bad := getattr(t, 'invalid_args', None):
-            ok = ', '.join(t.get_transform_init_args_names())
-            raise ValueError(f'{type(t).__name__} does not know {", ".join(bad)}: its arguments are {ok}')
-
-# %% ../nbs/01_augment.ipynb #40b20291
-def to_uint8(
-    o, # `PILImage`, `PILImageBW`, `PILMask` or a uint8 array (H, W) or (H, W, C)
-)->np.ndarray: # uint8 (H, W) or (H, W, C)
-    "`o` as albumentations takes it; TypeError for another type, ValueError for another dtype, shape or image mode"
-    if isinstance(o, PILBase):
-        if o.mode not in ('RGB', 'L'):
-            raise ValueError(f"the image's mode is {o.mode!r}, but must be RGB or L: use .convert('RGB')")
-        return np.asarray(o)
-    if not isinstance(o, np.ndarray):
-        raise TypeError(f'AlbumentationsTransform takes a PILImage or a uint8 array (H, W, C), got {type(o).__name__}: '
-                        'put it among the item_tfms, before ToTensor')
-    if o.dtype != np.uint8 or o.ndim not in (2, 3):
-        raise ValueError(f'AlbumentationsTransform takes arrays of uint8 (H, W, C), got {o.dtype} {o.shape}: '
-                         'use (255*x).astype("uint8")')
-    return np.asarray(o)
-
-# %% ../nbs/01_augment.ipynb #24afea75
-def from_uint8(
-    out, # What the pipeline gave: an array, or the tensor of `ToTensorV2`
-    o, # The item that went in
-):
-    "`out` in the type of `o`; floats (`A.Normalize`) as `TensorImageBase`, which fastai's own normalising leaves alone"
-    if isinstance(out, np.ndarray) and out.dtype != np.uint8:
-        out = torch.from_numpy(np.atleast_3d(out).transpose(2, 0, 1).copy())  # (C, H, W)
-    if isinstance(out, torch.Tensor):
-        return out.as_subclass(TensorImage if out.dtype == torch.uint8 else TensorImageBase)
-    return type(o).create(out) if isinstance(o, PILBase) else out.view(type(o))
-
 # %% ../nbs/01_augment.ipynb #3987bee3
-# targets that belong to places in the image
-_moving = (TensorPoint, TensorBBox, LabeledBBox, TensorImageBase, Image.Image, np.ndarray)
+_one_size = ('end valid with A.Resize({h}, {w}), or train with A.Resize({h2}, {w2}); '
+             'if both sizes are meant, give valid=A.Compose([])')
+
+def _is_image(o): return isinstance(o, Image.Image) or isinstance(o, np.ndarray) and o.ndim > 1
 
 class AlbumentationsTransform(KeyedTransform, ItemTransform):
     "Albumentations: `train` on training items, `valid` on all others, drawn afresh for each image in each epoch"
     split_idx, order = None, 2  # after Resize (1), before ToTensor (5)
-    not_saved = ('rng',)  # begins afresh with each item
+    not_saved = ('rng', 'is_compared')  # begins afresh with each item
+    is_compared = False  # was a training image compared with the same image in validation?
 
     def __init__(self,
         train:A.BaseCompose, # For training items, as `A.Compose([...])`; copied; errors as `check_pipeline`
@@ -157,10 +121,23 @@ class AlbumentationsTransform(KeyedTransform, ItemTransform):
         super().__init__()
         self.rng = KeyedRandom()
         self.__setstate__(dict(train=self._adopt(train), valid=self._adopt(valid)))
+        check_scaling(self.train, self.valid)
 
     def __setstate__(self, state):
         self.__dict__.update(state)
         cv2.setNumThreads(0)  # its threads cost more than they bring on small images, and may hang in a forked worker
+
+    def setup(self, items=None, train_setup=False):
+        super().setup(items, train_setup)
+        is_training = isinstance(items, TfmdDL) and getattr(items.dataset, 'split_idx', None) == 0
+        if is_training and items.indexed and len(items.dataset): self._try(items)
+
+    def _try(self, dl):
+        "One training item of `dl`, so that errors and warnings come once, when loaders are made; it draws from nobody"
+        with kept_global():
+            x = dl.dataset[0]
+            for t in dl.after_item.fs: x = t(x, split_idx=0)  # those before this one
+            self(x, split_idx=0)
 
     def pipe(self, split_idx): return self.train if split_idx == 0 else self.valid
 
@@ -177,18 +154,36 @@ class AlbumentationsTransform(KeyedTransform, ItemTransform):
         pipe = self.pipe(split_idx)
         if pipe is None: return x
         self.rng.rekey()
-        return self._item(pipe, x) if isinstance(x, tuple) else from_uint8(pipe(image=to_uint8(x))['image'], x)
+        return self._item(pipe, x) if isinstance(x, tuple) else self._image(pipe, x)[0]
 
     def _item(self, pipe, x):
-        "The whole item `x`: image first; a mask follows its image, and what has coordinates is refused"
+        "The whole item `x`: its image, or each of a tuple of images, and the masks of its image"
         img, *rest = x
-        for y in rest:
-            if isinstance(y, _moving) and not isinstance(y, PILMask):
-                raise TypeError(f'AlbumentationsTransform moves an image and its PILMask, but not {type(y).__name__}: '
-                                'the two would no longer match, so take out what moves the image')
-        masks = [i for i, y in enumerate(rest) if isinstance(y, PILMask)]
-        out = pipe(image=to_uint8(img), **({'masks': [to_uint8(rest[i]) for i in masks]} if masks else {}))
-        for i, new in zip(masks, out.get('masks', [])): rest[i] = from_uint8(np.asarray(new), rest[i])
-        return type(x)((from_uint8(out['image'], img), *rest))
+        inputs = [o for o in img if _is_image(o)] if isinstance(img, tuple) else []
+        masks = [] if inputs else [y for y in rest if isinstance(y, PILMask)]
+        fixed = [y for y in (*inputs[1:], *rest) if in_places(y) and (inputs or not isinstance(y, PILMask))]
+        if fixed: check_targets(type(self).__name__, moving(pipe), fixed)
+        if inputs: img = type(img)([self._image(pipe, o)[0] if _is_image(o) else o for o in img])
+        else: img, masks = self._image(pipe, img, masks)
+        masks = iter(masks)
+        return type(x)((img, *(next(masks, y) if isinstance(y, PILMask) else y for y in rest)))
+
+    def _image(self, pipe, img, masks=()):
+        "`img` and its `masks` through `pipe`"
+        data = dict(image=to_uint8(img))
+        if masks: data['masks'] = [to_uint8(o) for o in masks]
+        out = pipe(**data)
+        if pipe is self.train and not self.is_compared: self._compare(data, out['image'])
+        moved = [from_uint8(np.asarray(new), o) for new, o in zip(out.get('masks', []), masks)]
+        return from_uint8(out['image'], img), moved
+
+    def _compare(self, data, train):
+        "Compare an image as it comes out in training with what it would be in validation"
+        # a copy, whose draws are not taken from this item's
+        valid = data['image'] if self.valid is None else deepcopy(self.valid)(**data)['image']
+        train, valid = (o.permute(1, 2, 0).numpy() if isinstance(o, torch.Tensor) else o for o in (train, valid))
+        check_kinds(train, valid)
+        if self.valid is None or self.valid.transforms: warn_sizes(train.shape[:2], valid.shape[:2], _one_size)
+        self.is_compared = True
 
     def __repr__(self): return f'AlbumentationsTransform(train={self.train}, valid={self.valid})'

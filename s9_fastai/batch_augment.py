@@ -9,13 +9,14 @@ __all__ = ['uniforms', 'read_policy', 'BatchAugment']
 import random
 
 import cv2, numpy as np, torch
-from fastai.vision.core import TensorBBox, TensorImage, TensorImageBase, TensorPoint
+from fastai.torch_core import TensorBase, TensorImage, TensorImageBase
 from fasttransform import Transform
 
-from .augment import AlternatingFlip, SubpixelAffine, check_pipeline
-from .batch_ops import (BatchAffine, BatchBrightnessContrast, BatchCrop, BatchDropout, BatchFlip, BatchNormalize,
-                                 BatchPad)
+from .augment import AlternatingFlip, SubpixelAffine
+from .batch_ops import BatchAffine, BatchBrightnessContrast, BatchCrop, BatchDropout, BatchFlip, BatchPad
 from .keyed import KeyedTransform, item_keys, mix64
+from .pipelines import check_pipeline, check_scaling, check_targets, warn_sizes
+from .pixels import uint8_advice
 
 # %% ../nbs/02_batch_augment.ipynb #bf393160
 _golden = np.uint64(0x9e3779b97f4a7c15)  # 2**64 over the golden ratio: its multiples are spread evenly
@@ -34,11 +35,11 @@ _remedy = "augment item by item instead, with AlbumentationsTransform (augment='
 _borders = {cv2.BORDER_CONSTANT: 'constant', cv2.BORDER_REPLICATE: 'replicate',
             cv2.BORDER_REFLECT_101: 'reflect_101'}
 
-def _need(t, arg, ok, allowed):
+def _need(t, arg, ok, allowed, remedy=_remedy):
     "ValueError unless `ok`, which says whether `arg` of the transform `t` is one of the `allowed`"
     if not ok:
         raise ValueError(f'{type(t).__name__}: {arg} is {getattr(t, arg)!r}, but on whole batches it must be '
-                         f'{allowed}: {_remedy}')
+                         f'{allowed}: {remedy}')
 
 def _border(t):
     "Border and fill of `t` as keywords"
@@ -47,11 +48,12 @@ def _border(t):
 
 def _fill(t):
     "The fill of `t`"
-    ok = not isinstance(t.fill, str) and all(0 <= c <= 255 and c == int(c) for c in np.ravel(t.fill))
-    _need(t, 'fill', ok, 'whole numbers from 0 to 255')
+    numbers, is_text = np.ravel(t.fill), isinstance(t.fill, str)
+    _need(t, 'fill', is_text or all(0 <= c <= 255 for c in numbers), 'from 0 to 255', 'give such numbers')
+    _need(t, 'fill', not is_text and all(c == int(c) for c in numbers), 'whole numbers from 0 to 255')
     return tuple(map(int, t.fill)) if np.ndim(t.fill) else int(t.fill)
 
-def _always(t): _need(t, 'p', t.p == 1, '1, as all images of a batch have one size and type')
+def _always(t): _need(t, 'p', t.p == 1, '1, as all images of a batch have one size', 'give it p=1')
 
 # %% ../nbs/02_batch_augment.ipynb #a762b1a6
 def _affine(t):
@@ -61,10 +63,8 @@ def _affine(t):
     for arg in ('fit_output', 'balanced_scale'): _need(t, arg, not getattr(t, arg), 'False')
     _need(t, 'scale', min(np.ravel([*t.scale.values()])) > 0, 'above 0')
     unit, shift = 'whole', t.translate_percent or dict(x=still, y=still)
-    if type(t) is SubpixelAffine:
-        _need(t, 'translate_percent', t.translate_percent, 'given')
-        unit = 'side'
-    elif t.translate_px: unit, shift = 'px', {k: tuple(map(int, v)) for k, v in t.translate_px.items()}
+    if t.translate_px: unit, shift = 'px', {k: tuple(map(int, v)) for k, v in t.translate_px.items()}
+    elif type(t) is SubpixelAffine: unit = 'side'
     return BatchAffine(scale=(t.scale['x'], t.scale['y']), shift=(shift['x'], shift['y']), rotate=t.rotate, unit=unit,
                        keep_ratio=t.keep_ratio, p=t.p, **_border(t))
 
@@ -89,14 +89,9 @@ def _pad(t):
     _need(t, 'position', t.position == 'center', "'center'")
     return BatchPad(t.min_height, t.min_width, **_border(t))
 
-def _normalize(t):
-    _always(t)
-    _need(t, 'normalization', t.normalization == 'standard', "'standard'")
-    return BatchNormalize(t.mean, t.std, t.max_pixel_value)
-
 _twins = dict(
     Affine=_affine, SubpixelAffine=_affine, ShiftScaleRotate=_affine, CoarseDropout=_dropout, CenterCrop=_crop,
-    RandomCrop=_crop, PadIfNeeded=_pad, RandomBrightnessContrast=_brightness_contrast, Normalize=_normalize,
+    RandomCrop=_crop, PadIfNeeded=_pad, RandomBrightnessContrast=_brightness_contrast,
     HorizontalFlip=lambda t: BatchFlip('horizontal', p=t.p), VerticalFlip=lambda t: BatchFlip('vertical', p=t.p),
     AlternatingFlip=lambda t: BatchFlip(alternates=True),
     ToTensorV2=lambda t: None)  # a batch is tensors already
@@ -107,32 +102,45 @@ def read_policy(
 )->list: # Of `BatchOp`s
     "The twins of the transforms in `compose`; ValueError for one that has none, TypeError unless it is a composition"
     check_pipeline(compose)
-    if type(compose).__name__ != 'Compose' or compose.processors or compose.additional_targets:
-        raise ValueError(f'{type(compose).__name__} must be a plain A.Compose([...], p=...) on whole batches, without '
-                         f'bbox_params, keypoint_params and additional_targets: {_remedy}')
-    ops, last = [], None  # `last`: what must end the policy
-    for t in compose.transforms:
-        nm = type(t).__name__
-        own = type(t) in (AlternatingFlip, SubpixelAffine)
-        if nm not in _twins or not (own or type(t).__module__.startswith('albumentations.')):
-            raise ValueError(f'{nm} of {type(t).__module__} has no twin for whole batches; these have: '
-                             f'{", ".join(_twins)}. Or {_remedy}')
-        if last and nm != 'ToTensorV2': raise ValueError(f'{nm} comes after {last}, which must end a policy: {_remedy}')
-        if nm in ('Normalize', 'ToTensorV2'): last = nm
-        op = _twins[nm](t)
-        if isinstance(op, (BatchCrop, BatchPad, BatchNormalize)) and compose.p < 1:
-            raise ValueError(f'p of Compose is {compose.p}, but with {nm} it must be 1, as all images of a batch have '
-                             f'one size and type: {_remedy}')
-        if op: ops.append(op)
-    return ops
+    check_scaling(compose, None)  # a batch transform changes training images alone
+    if type(compose).__name__ != 'Compose':
+        raise ValueError(f'{type(compose).__name__} must be a plain A.Compose([...]) on whole batches: {_remedy}')
+    twins = [_twin(t, compose.p) for t in compose.transforms]
+    if None in twins[:-1]: raise ValueError('ToTensorV2 must end a policy: put it last, or leave it out')
+    return [op for op in twins if op]
+
+def _twin(t, p):
+    "The twin of `t` in a composition of probability `p`"
+    nm, own = type(t).__name__, type(t) in (AlternatingFlip, SubpixelAffine)
+    if nm not in _twins or not (own or type(t).__module__.startswith('albumentations.')):
+        raise ValueError(f'{nm} of {type(t).__module__} has no twin for whole batches; these have: '
+                         f'{", ".join(_twins)}. Or {_remedy}')
+    op = _twins[nm](t)
+    if isinstance(op, (BatchCrop, BatchPad)) and p < 1:
+        raise ValueError(f'p of Compose is {p}, but with {nm} it must be 1, as all images of a batch have one size: '
+                         'give Compose p=1')
+    return op
 
 # %% ../nbs/02_batch_augment.ipynb #7c6366a6
-# targets that belong to places in the image
-_moving = (TensorPoint, TensorBBox, TensorImageBase)
+def _image_advice(x):
+    "What to do with `x`, which is no batch of images"
+    if isinstance(x, tuple): return 'for tuples of images use AlbumentationsTransform'
+    is_label = isinstance(x, TensorBase) and not isinstance(x, TensorImageBase)
+    is_array = isinstance(x, (torch.Tensor, np.ndarray)) and not is_label
+    return 'use TensorImage(x)' if is_array else 'images must be the first part of a batch, as with ImageBlock'
+
+def _batch_advice(x):
+    "What to do with the images `x`, a plain tensor; None if they are uint8 (B, C, H, W)"
+    if not x.numel(): return 'give at least one image of 1x1 pixels'
+    if x.ndim != 4: return 'put it among the batch_tfms, or use x[None]' if x.ndim < 4 else 'use x[0]'
+    if x.shape[1] > 4 and x.shape[3] in (1, 3, 4): return 'use x.permute(0, 3, 1, 2)'
+    if x.dtype != torch.uint8: return f'put it among the batch_tfms, before IntToFloatTensor, or, {uint8_advice(x)}'
 
 class BatchAugment(KeyedTransform, Transform):
     "`ops` on training batches of uint8 images, drawn afresh for each image in each epoch"
     split_idx, order = 0, 5  # training only; before IntToFloatTensor (10)
+    not_saved = ('is_compared',)
+    is_compared = False  # was a batch's size compared with that of validation images?
 
     def __init__(self,
         ops, # `BatchOp`s, in their order
@@ -172,7 +180,7 @@ class BatchAugment(KeyedTransform, Transform):
             raise ValueError(f'{len(keys)} keys for {len(x)} images: give x.keys one for each, or delete it')
         x = x.permute(0, 2, 3, 1).clone(memory_format=torch.contiguous_format)  # (B, H, W, C), also in memory
         for op, par in zip(self.ops, self.draw(keys, *x.shape[1:3])): x = op.to_rows(x, **par)
-        x = x.permute(0, 3, 1, 2).as_subclass(kind if x.dtype == torch.uint8 else TensorImageBase)
+        x = x.permute(0, 3, 1, 2).as_subclass(kind)
         if later is not None: x.keys = later
         return x
 
@@ -180,18 +188,22 @@ class BatchAugment(KeyedTransform, Transform):
     def __call__(self, x, split_idx=None, **kwargs):
         if split_idx != 0: return x
         xb, *yb = x if isinstance(x, tuple) and x else (x,)
-        for y in yb:
-            if isinstance(y, _moving):
-                raise TypeError(f'BatchAugment moves images, but not {type(y).__name__}: the two would no longer '
-                                f'match; for masks {_remedy}')
-        if not isinstance(xb, TensorImage):
-            raise TypeError(f'BatchAugment takes a TensorImage of uint8 (B, C, H, W), got {type(xb).__name__}: '
-                            'wrap a tensor in TensorImage')
-        plain = xb.as_subclass(torch.Tensor)
-        if plain.dtype != torch.uint8 or plain.ndim != 4 or not plain.numel():
-            raise ValueError(f'BatchAugment takes images of uint8 (B, C, H, W), got {xb.dtype} {tuple(xb.shape)}: '
-                             'put it among the batch_tfms, before IntToFloatTensor, or use (255*x).to(torch.uint8)')
+        moving = [type(op).__name__ for op in self.ops if op.moves and op.p*self.p]
+        check_targets('BatchAugment', [*dict.fromkeys(moving)], yb, ndim=3)
+        self._check_images(xb)
         xb = self.encodes(xb)
         return type(x)((xb, *yb)) if isinstance(x, tuple) else xb
+
+    def _check_images(self, x):
+        "Errors for what is no batch of uint8 images; for the first batch, a warning if it comes out in another size"
+        takes = 'BatchAugment takes a TensorImage of uint8 (B, C, H, W), got'
+        if not isinstance(x, TensorImage): raise TypeError(f'{takes} {type(x).__name__}: {_image_advice(x)}')
+        plain = x.as_subclass(torch.Tensor)
+        if advice := _batch_advice(plain): raise ValueError(f'{takes} {x.dtype} {tuple(x.shape)}: {advice}')
+        if self.is_compared: return
+        size = tuple(plain.shape[2:])
+        for op in self.ops: size = op.size(*size)
+        warn_sizes(size, tuple(plain.shape[2:]), 'give all images one size with Resize(({h}, {w})) among the item_tfms')
+        self.is_compared = True
 
     def __repr__(self): return f'BatchAugment([{", ".join(map(repr, self.ops))}], p={self.p})'

@@ -20,6 +20,7 @@ from fasttransform import Transform
 from .cifar import CLASSES, Cifar10, Split, load_cifar
 from .facts import one_line, shown
 from .paths import image_path
+from .pixels import image_fault, uint8_advice
 
 # %% ../nbs/04_readers.ipynb #6dda0569
 class ImageArray(np.ndarray):
@@ -107,7 +108,8 @@ class ImageReader(CifarReader):
     def to_rgb(self, im, name):
         if 0 in im.size: raise ValueError(f'{shown(name)}: {im.width}x{im.height} pixels, at least 1x1 are needed')
         if im.mode in ('I', 'F'):
-            raise ValueError(f'{shown(name)}: mode {im.mode}, whose white is not known; scale it to 0..255, as uint8')
+            advice = f'x = np.asarray(image) has {uint8_advice(np.asarray(im))}'
+            raise ValueError(f'{shown(name)}: mode {im.mode}, whose white is not known; {advice}')
         try:  # 16 bits: PIL's convert would cut at 255, so that all but the darkest pixels are white
             if im.mode.startswith('I;16'): im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8))
             return self.on_white(ImageOps.exif_transpose(im)).convert('RGB')  # phones store photos as the sensor lay
@@ -123,9 +125,8 @@ class ImageReader(CifarReader):
         return ValueError(f'{shown(name)}: cannot be read as an image ({one_line(e)}); give a sound one of usual size')
 
     def from_array(self, o):
-        if o.dtype != np.uint8 or o.ndim not in (2, 3) or o.shape[2:] not in ((), (1,), (3,), (4,)):
-            raise ValueError(f'an image is an array of uint8 (H, W) or (H, W, C) with 1, 3 or 4 channels, '
-                             f'got {o.dtype} {o.shape}: use (255*x).astype("uint8")')
+        if o.size and (fault := image_fault(o, channels=(1, 3, 4))):
+            raise ValueError(f'an image is an array of uint8 (H, W) or (H, W, C) with 1, 3 or 4 channels, got {fault}')
         return Image.fromarray(o.squeeze(2) if o.shape[2:] == (1,) else o)
 
 # %% ../nbs/04_readers.ipynb #3e8d5a26

@@ -13,14 +13,16 @@ import pytest
 import torch
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.transforms import IndexSplitter
-from fastai.torch_core import TensorCategory, TensorImage, TensorMask, set_seed
+from fastai.torch_core import TensorCategory, TensorImage, TensorMask, TensorMultiCategory, set_seed
 from fastai.vision.core import LabeledBBox, PILImage, PILImageBW, PILMask, TensorBBox, TensorPoint
 from fastai.vision.data import ImageBlock
+from fastcore.basics import fastuple
 from fastcore.foundation import L
 from PIL import Image
 
-from s9_fastai.augment import (POLICIES, AlbumentationsTransform, KeyedRandom, SubpixelAffine, check_pipeline, get_policy, item_key,
-                               item_seed, reference_policy)
+from s9_fastai.augment import POLICIES, AlbumentationsTransform, KeyedRandom, SubpixelAffine, get_policy, reference_policy
+from s9_fastai.keyed import item_key, item_seed
+from s9_fastai.pipelines import check_pipeline, moving
 import albumentations as A
 
 n_draws = 8000
@@ -154,7 +156,7 @@ def test_mean_colour_fill():
 def test_larger_images_are_cropped_in_the_middle():
     big = np.zeros((40, 48, 3), np.uint8)
     big[4:36, 8:40] = 255
-    tfm = AlbumentationsTransform(reference_policy())
+    tfm = AlbumentationsTransform(reference_policy(), valid=A.Compose([]))  # on purpose: validation images stay large
     plain = [out for out, p in (drawn(tfm, big, i) for i in range(60)) if p[0] is p[2] is p[3] is None]
     assert plain and all((o == 255).all() and o.shape == (32, 32, 3) for o in plain)
 
@@ -196,18 +198,119 @@ def test_items_it_cannot_transform_are_refused(x, as_item):
         AlbumentationsTransform(noise)((x, 'cat') if as_item else x, split_idx=0)
 
 
-@pytest.mark.parametrize('y', [
-    TensorPoint(torch.zeros(1, 2)), TensorBBox(torch.zeros(1, 4)), LabeledBBox(TensorBBox(torch.zeros(1, 4)), L('a')),
-    PILImage.create(np.zeros((32, 32, 3), np.uint8)), Image.new('RGB', (32, 32)), np.zeros((32, 32), np.uint8),
-    TensorImage(torch.zeros(3, 32, 32)), TensorMask(torch.zeros(32, 32))], ids=lambda y: type(y).__name__)
-def test_targets_that_would_have_to_move_are_refused(img, y):
-    with pytest.raises(TypeError, match='would no longer match'):
-        AlbumentationsTransform(noise)((PILImage.create(img), y), split_idx=0)
+def pil(): return PILImage.create(np.full((32, 32, 3), 90, np.uint8))
 
 
-@pytest.mark.parametrize('y', ['cat', 3, 0.5, TensorCategory(3), torch.tensor([0.5, 2.]), ['cat', 'dog'], None], ids=repr)
-def test_other_targets_stay_as_they_are(img, y):
-    assert AlbumentationsTransform(noise)((PILImage.create(img), y), split_idx=0)[1] is y
+in_places = {
+    'points': TensorPoint(torch.zeros(1, 2)), 'boxes': TensorBBox(torch.zeros(1, 4)), 'labelled boxes': LabeledBBox(TensorBBox(torch.zeros(1, 4)), L('a')),
+    'image': pil(), 'image of PIL': Image.new('RGB', (32, 32)), 'array': np.zeros((32, 32), np.uint8), 'TensorImage': TensorImage(torch.zeros(3, 32, 32)),
+    'TensorMask': TensorMask(torch.zeros(32, 32)), 'points as an array': np.zeros((5, 2)), 'points as a tensor': torch.zeros(5, 2)}
+not_in_places = {
+    'text': 'cat', 'number': 3, 'float': 0.5, 'category': TensorCategory(3), 'regression': torch.tensor([0.5, 2.]), 'list': ['cat', 'dog'], 'None': None,
+    'soft label': np.array([0.2, 0.8]), 'multi-label': TensorMultiCategory(torch.zeros(5)), 'several labels': TensorCategory(torch.zeros(4, 10)),
+    'array of names': np.array(['cat', 'dog']), 'scalar': np.float32(3)}
+colours = {  # pixels change in their places
+    'colours': lambda: [A.ColorJitter(p=1), A.RandomGamma(p=1), A.Normalize()], 'nested': lambda: [A.OneOf([A.Blur(p=1), A.Sequential([A.CLAHE(p=1)], p=1)], p=1)],
+    'dropouts': lambda: [A.CoarseDropout(p=1), A.GridDropout(p=1), A.XYMasking((1, 2), (1, 2), 4, 4, p=1), A.Erasing(p=1), A.PixelDropout(p=1)],
+    'noise': lambda: [A.GaussNoise(p=1), A.SomeOf([A.ISONoise(p=1), A.NoOp()], n=1), A.ToTensorV2()], 'p=0': lambda: [A.HorizontalFlip(p=0), A.OneOf([A.Rotate()], p=0)],
+    'a dilation': lambda: [A.Morphological(p=1)], 'my own': lambda: [Darker(p=1)]}
+moves = {  # names of what moves pixels
+    'HorizontalFlip': lambda: [A.Blur(), A.HorizontalFlip(p=1)], 'Rotate': lambda: [A.OneOf([A.Blur(p=1), A.Rotate(p=1)], p=1)],
+    'RandomCrop': lambda: [A.RandomCrop(8, 8)], 'Resize': lambda: [A.Sequential([A.SomeOf([A.Resize(8, 8)], n=1)])], 'ElasticTransform': lambda: [A.ElasticTransform(p=0.01)],
+    'Transpose': lambda: [A.OneOrOther(A.Blur(p=1), A.Transpose(p=0), p=1)], 'Lambda': lambda: [Unknown(p=1)], 'SubpixelAffine': lambda: [SubpixelAffine(rotate=3)],
+    'GridDistortion, Perspective': lambda: [A.RandomOrder([A.GridDistortion(), A.Perspective(), A.Perspective()], n=2)]}
+
+
+class Darker(A.ImageOnlyTransform):
+    def apply(self, img, **params): return img//2
+
+
+class Unknown(A.Lambda): pass
+
+
+Unknown.__name__ = 'Lambda'
+
+
+def both(make):
+    pipe = quietly(lambda: A.Compose(make()))
+    return AlbumentationsTransform(pipe, pipe)
+
+
+@pytest.mark.parametrize('move', moves)
+@pytest.mark.parametrize('y', in_places)
+def test_targets_in_places_are_refused_by_the_name_of_what_moves_the_image(y, move):
+    tfm, y = both(moves[move]), in_places[y]
+    for split_idx in (0, 1):
+        for item in ((pil(), y), (pil(), 'cat', y), ((pil(), pil()), 'same')):
+            with pytest.raises(TypeError, match=f'{move} would move the image, but not its .*: take {move} out, or '): tfm(item, split_idx=split_idx)
+
+
+@pytest.mark.parametrize('colour', colours)
+@pytest.mark.parametrize('y', in_places)
+def test_targets_in_places_pass_where_colours_change(y, colour):
+    tfm, y, x = both(colours[colour]), in_places[y], pil()
+    for split_idx in (0, 1):
+        out = tfm((x, 'cat', y), split_idx=split_idx)
+        assert type(out) is tuple and len(out) == 3 and out[1] == 'cat' and out[2] is y
+    assert np.asarray(x).tolist() == np.asarray(pil()).tolist()
+
+
+@pytest.mark.parametrize('move', ['HorizontalFlip', 'Rotate'])
+@pytest.mark.parametrize('y', not_in_places)
+def test_other_targets_pass_everywhere(y, move):
+    y = not_in_places[y]
+    assert both(moves[move])((pil(), y), split_idx=0)[1] is y
+
+
+def test_every_transform_of_albumentations_is_one_of_the_two():
+    "By what it does to a key point: a transform that can move one is in `moving`, one that cannot is not"
+    still = {'Blur', 'ColorJitter', 'CoarseDropout', 'GridDropout', 'PixelDropout', 'Morphological', 'Erasing', 'XYMasking', 'RandomGamma', 'MotionBlur', 'NoOp'}
+    moved = {'HorizontalFlip', 'VerticalFlip', 'Transpose', 'Rotate', 'Affine', 'D4', 'ElasticTransform', 'GridDistortion', 'OpticalDistortion', 'Perspective',
+             'RandomGridShuffle', 'RandomScale', 'RandomRotate90', 'SafeRotate', 'ThinPlateSpline'}
+    point = np.array([[7., 21.]], np.float32)
+    for name in still | moved:
+        kwargs = {'XYMasking': dict(num_masks_x=1, num_masks_y=1, mask_x_length=2, mask_y_length=2), 'Affine': dict(rotate=(5, 9))}.get(name, {})
+        pipe = A.Compose([getattr(A, name)(p=1, **kwargs)], keypoint_params=A.KeypointParams('xy', remove_invisible=False), seed=1)
+        outs = [quietly(lambda: pipe(image=np.asarray(pil()), keypoints=point))['keypoints'] for _ in range(8)]
+        assert any(len(o) and abs(o - point).max() > 1e-3 for o in outs) == bool(moving(pipe)) == (name in moved), name
+
+
+# --- tuples of images
+
+class Pair(fastuple): pass
+
+
+def pair_of(tfm, x, y): return tfm((Pair(x, y), 'same'), split_idx=0)
+
+
+def test_each_image_of_a_tuple_is_augmented():
+    tfm = AlbumentationsTransform(A.Compose([A.PixelDropout(dropout_prob=0.5, p=1)]))
+    pair, label = pair_of(tfm, pil(), pil())
+    assert type(pair) is Pair and [type(o) for o in pair] == [PILImage]*2 and label == 'same'
+    dropped = [(np.asarray(o) == 0).mean() for o in pair]
+    assert all(0.4 < o < 0.6 for o in dropped) and (np.asarray(pair[0]) != np.asarray(pair[1])).any()  # each has draws of its own
+    (x, other), _ = tfm(((pil(), torch.ones(3, 3)), 'cat'), split_idx=0)  # an image with numbers beside it
+    assert (np.asarray(x) == 0).any() and (other == 1).all()
+
+
+def test_an_image_with_numbers_beside_it_may_move(img):
+    (x, other), _ = AlbumentationsTransform(A.Compose([A.HorizontalFlip(p=1)]))(((img, 'text'), 'cat'), split_idx=0)
+    np.testing.assert_array_equal(x, img[:, ::-1])
+
+
+def test_a_second_image_in_the_item_keeps_its_pixels(img):
+    second = PILImage.create(img)
+    x, y, _ = AlbumentationsTransform(A.Compose([Darker(p=1)]))(fastuple(PILImage.create(img), second, 'same'), split_idx=0)
+    np.testing.assert_array_equal(np.asarray(x), img//2)
+    assert y is second
+
+
+def test_a_mask_with_points_beside_it(img):
+    item = (PILImage.create(img), PILMask.create(img[..., 0]), TensorPoint(torch.zeros(1, 2)))
+    with pytest.raises(TypeError, match='not its TensorPoint'): AlbumentationsTransform(A.Compose([A.HorizontalFlip()]))(item, split_idx=0)
+    out = AlbumentationsTransform(A.Compose([Darker(p=1)]))(item, split_idx=0)
+    np.testing.assert_array_equal(np.asarray(out[1]), img[..., 0])
+    assert out[2] is item[2]
 
 
 def test_a_mask_moves_with_its_image(img):
@@ -352,7 +455,8 @@ for make in (lambda: AlbumentationsTransform(reference_policy()), lambda: pickle
 
 def test_a_second_process_draws_the_same(img):
     code = '''import hashlib, numpy as np
-from s9_fastai.augment import AlbumentationsTransform, item_key, item_seed, reference_policy
+from s9_fastai.augment import AlbumentationsTransform, reference_policy
+from s9_fastai.keyed import item_key, item_seed
 tfm, img = AlbumentationsTransform(reference_policy()), np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 h = hashlib.sha256()
 for i in range(50):

@@ -20,7 +20,7 @@ from fastai.torch_core import TensorCategory, TensorImage, set_seed
 from fasttransform import Transform
 from PIL import Image
 
-from s9_fastai.augment import AlternatingFlip
+from s9_fastai.augment import AlbumentationsTransform, AlternatingFlip
 from s9_fastai.cifar import CLASSES, MEAN, STD, Cifar10, Split, load_cifar
 from s9_fastai.data import CifarDL, KeyedDL, RowNormalize, cifar_block, cifar_dls
 from s9_fastai.learner import get_recipe, s9_learner
@@ -236,13 +236,18 @@ def test_a_plain_loader_of_fastai_can_have_the_items(mk, tiny):
 
 # --- the short cut, and whole batches
 
-crops = A.Compose([A.RandomCrop(24, 24), A.HorizontalFlip(), A.Normalize(MEAN, STD), ToTensorV2()])
+crops = A.Compose([A.RandomCrop(24, 24), A.HorizontalFlip(), ToTensorV2()])  # smaller than validation images
+floats = A.Compose([A.HorizontalFlip(), A.Normalize(MEAN, STD), ToTensorV2()])
 
 
 @pytest.mark.parametrize('num_workers', [0, 2])
-@pytest.mark.parametrize('policy', ['reference', 'none', noise, crops], ids=['reference', 'none', 'noise', 'floats'])
+@pytest.mark.parametrize('policy', ['reference', 'none', noise, crops, floats], ids=['reference', 'none', 'noise', 'tensors', 'floats'])
+@pytest.mark.filterwarnings('ignore:training images come out with 24x24')
 def test_the_short_cut_is_fastais_way_to_the_bit(mk, policy, num_workers):
-    short, long = (mk(policy, num_workers=num_workers) for _ in range(2))
+    short, long = (mk('none' if policy is floats else policy, num_workers=num_workers) for _ in range(2))
+    if policy is floats:  # in both splits, which a policy alone cannot say
+        for dls in (short, long):
+            for dl in dls: dl.after_item.fs[0] = AlbumentationsTransform(floats, floats)
     for a, b in zip(short, long):
         b.is_direct = lambda: False
         assert a.is_direct()
@@ -273,7 +278,8 @@ def test_it_steps_aside_for_anything_else(mk, tiny):
 
 
 def test_images_of_many_sizes_are_an_error(mk):
-    dl = mk(A.Compose([A.OneOf([A.CenterCrop(20, 20), A.CenterCrop(24, 24)], p=1)])).train
+    with pytest.warns(UserWarning, match='training images come out with 2'):
+        dl = mk(A.Compose([A.OneOf([A.CenterCrop(20, 20), A.CenterCrop(24, 24)], p=1)])).train
     with pytest.raises(ValueError, match=r'2 sizes, such as \(20, 20, 3\) and \(24, 24, 3\)'): list(dl)
 
 
@@ -383,7 +389,7 @@ def test_bad_arguments(kw, msg):
 
 def test_a_policy_of_your_own(mk):
     assert isinstance(mk(light).train, KeyedDL)
-    with pytest.raises(TypeError, match='wrap it in A.Compose'): mk(A.HorizontalFlip())
+    with pytest.raises(TypeError, match=r'use A.Compose\(\[x\]\)'): mk(A.HorizontalFlip())
 
 
 # --- plain means plain

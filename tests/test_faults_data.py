@@ -284,7 +284,7 @@ reader_faults = {
     'a missing file to predict': (lambda p: None, FileNotFoundError, 'no such file; give an image file'),
     'a folder to predict': (lambda p: p.mkdir(), FileNotFoundError, 'not a file; give an image file'),
     'a TIFF of 32 bits to predict': (lambda p: Image.fromarray(pixels(40, 40, dtype=np.int32)).save(p, 'tiff'), ValueError,
-                                     'mode I, whose white is not known; scale it to 0..255'),
+                                     'mode I, whose white is not known; x = np.asarray(image) has values 0 to 199: use x.astype("uint8") where white is 255, else (255*'),
 }
 if os.name != 'nt': reader_faults['a pipe to predict'] = os.mkfifo, FileNotFoundError, 'not a file; give an image file'
 
