@@ -18,8 +18,8 @@ from fastai.torch_core import params, set_seed
 from fastcore.basics import noop
 from torch import nn
 
-from s9_fastai.fast import (_is_intel, Autocast, FastBatchNorm2d, FastDropout, FastSGD, FoldedBatchNorm, fast_layers, fold_rows,
-                            keep_freed_memory, number_format)
+from s9_fastai.fast import Autocast, ChannelsLast2d, FastSGD, _is_intel, keep_freed_memory, number_format
+from s9_fastai.layers import FastBatchNorm2d, FastDropout, FoldedBatchNorm, fast_layers, fold_rows, plain_layers
 from s9_fastai.learner import get_recipe, s9_learner
 from s9_fastai.net import Net
 from s9_fastai.test_utils import synth_dls, synth_groups, synth_learner
@@ -275,7 +275,8 @@ def test_freed_memory_is_kept_where_the_allocator_is_glibcs(monkeypatch):
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='page faults are counted for glibc alone')
 def test_a_step_takes_no_new_pages():
     code = '''import resource, torch
-from s9_fastai.fast import fast_layers, keep_freed_memory
+from s9_fastai.fast import keep_freed_memory
+from s9_fastai.layers import fast_layers
 from s9_fastai.net import Net
 keep_freed_memory()
 net, x = fast_layers(Net()).to(memory_format=torch.channels_last), torch.randn(64, 3, 32, 32)
