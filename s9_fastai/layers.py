@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['fold_rows', 'FoldedBatchNorm', 'FastBatchNorm2d', 'FastDropout', 'fast_layers', 'plain_layers']
 
-# %% ../nbs/04_layers.ipynb #e576c0c8
+# %% ../nbs/04_layers.ipynb #ff45b1ee
 import math
 from types import FunctionType
 
@@ -72,7 +72,7 @@ class FoldedBatchNorm(torch.autograd.Function):
         fold_rows(gx).addcmul_(fold_rows(x), slope.to(x.dtype).expand(W, -1).reshape(1, W*C, 1, 1))
         return gx, gw, gb, None
 
-# %% ../nbs/04_layers.ipynb #c3171d82
+# %% ../nbs/04_layers.ipynb #8e8414e6
 def _renamed(f, name): return FunctionType(f.__code__, f.__globals__, name)  # TorchScript goes by a function's name
 
 def _can_be_fast(layer, x):
@@ -155,7 +155,7 @@ def fast_layers(
     "Give `model` the fast layers of this room, with the weights that it has"
     return _change_classes(model, _fast)
 
-# %% ../nbs/04_layers.ipynb #fa02fd15
+# %% ../nbs/04_layers.ipynb #9f532ad8
 def plain_layers(
     model:nn.Module, # Any model; its fast layers become torch's, layers of other types stay
 )->nn.Module: # `model` itself
