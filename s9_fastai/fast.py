@@ -52,7 +52,7 @@ def _full_precision(o):
     for k, v in o.items(): o[k] = _full_precision(v)
     return o
 
-# %% ../nbs/05_fast.ipynb #db5c206d
+# %% ../nbs/05_fast.ipynb #2f61ae4e
 _to_fp32 = {MixedPrecision: 'to_fp32', NonNativeMixedPrecision: 'to_non_native_fp32'}
 
 class Autocast(Callback):
@@ -67,8 +67,7 @@ class Autocast(Callback):
 
     def before_batch(self):
         self.restore()  # a batch that was broken off before the model ran did not
-        held = next(chain(self.model.parameters(), self.model.buffers()), None)
-        device = torch.device(self.dls.device or 'cpu') if held is None else held.device
+        device = next(self.model.parameters()).device
         self.kind, self.dtype = device.type, number_format(device)
         if self.dtype == torch.float32: return
         self.was, self.plain = vars(self.model).get('forward'), self.model.forward
@@ -88,6 +87,7 @@ class Autocast(Callback):
         if vars(self.model).get('forward') != self.forward: return
         del self.model.forward
         if self.was is not None: self.model.forward = self.was
+        self.was = self.plain = None  # an export would take them along
 
 # %% ../nbs/05_fast.ipynb #5d584937
 class FastSGD(Optimizer):
@@ -138,7 +138,7 @@ def keep_freed_memory()->bool: # Whether the allocator took it; False where it i
     # 2**25 is the most that glibc before 2.35 takes; the other threshold alone would make every block slower
     return bool(mallopt and mallopt(mmap_threshold, 2**25) and mallopt(trim_threshold, 2**30))
 
-# %% ../nbs/05_fast.ipynb #afd86acd
+# %% ../nbs/05_fast.ipynb #c27680a3
 class ChannelsLast2d(ChannelsLast):
     "fastai's `ChannelsLast` for any model: weights of four dimensions are put in channels_last, all others stay"
     name = 'channels_last'  # fastai's `load_learner` looks for it
@@ -175,7 +175,7 @@ def to_fast(self:Learner):
     if not self._grab_cbs(ChannelsLast): self.add_cb(ChannelsLast2d())
     return self if self._grab_cbs(Autocast) else self.add_cb(Autocast())
 
-# %% ../nbs/05_fast.ipynb #8c7fd113
+# %% ../nbs/05_fast.ipynb #692222ff
 @patch
 def to_plain(self:Learner):
     "Undo `to_fast`: torch's own layers, float32, and the memory format that the model had"
@@ -183,7 +183,7 @@ def to_plain(self:Learner):
     for cb in self._grab_cbs((ChannelsLast2d, Autocast)): cb.restore()
     return self.remove_cbs([ChannelsLast2d, Autocast])
 
-# %% ../nbs/05_fast.ipynb #f8efd0a7
+# %% ../nbs/05_fast.ipynb #793d2e20
 def _unless_fast(to_half):
     "`to_half`, a method of `Learner` that adds an autocast, refused for a Learner that is fast already"
     @wraps(to_half)
