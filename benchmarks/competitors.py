@@ -24,7 +24,8 @@ from torchvision.transforms import v2
 from s9_fastai.augment import get_policy
 from s9_fastai.cifar import MEAN, STD, load_cifar
 from s9_fastai.data import cifar_dls
-from s9_fastai.fast import fast_layers, keep_freed_memory, number_format
+from s9_fastai.fast import keep_freed_memory, number_format
+from s9_fastai.layers import fast_layers
 from s9_fastai.learner import get_recipe, s9_learner
 from s9_fastai.net import Net
 from s9_fastai.schedule import StepLR

@@ -22,7 +22,8 @@ from common import facts, here, save
 from s9_fastai.cifar import load_cifar
 from s9_fastai.data import cifar_dls, hold_out
 from s9_fastai.distill import ask
-from s9_fastai.fast import fast_layers, keep_freed_memory
+from s9_fastai.fast import keep_freed_memory
+from s9_fastai.layers import fast_layers
 from s9_fastai.learner import get_recipe
 from s9_fastai.record import EpochRecorder
 

@@ -11,6 +11,7 @@ from s9_fastai.data import *
 from s9_fastai.net import *
 from s9_fastai.summary import *
 from s9_fastai.mirror import *
+from s9_fastai.layers import *
 from s9_fastai.fast import *
 from s9_fastai.schedule import *
 from s9_fastai.muon import *

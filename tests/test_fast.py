@@ -1,25 +1,30 @@
 "The fast layers against the plain ones, the number format, the optimizer, and Learners that use them"
 import copy
+import inspect
 import platform
 import subprocess
 import sys
+from collections import OrderedDict, namedtuple
 from functools import partial
 from itertools import product
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from fastai.callback.core import Callback
+from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.core import Callback, CancelBatchException
+from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.progress import ProgressCallback
-from fastai.learner import load_learner
+from fastai.learner import Learner, load_learner
 from fastai.metrics import accuracy
 from fastai.optimizer import SGD
 from fastai.torch_core import params, set_seed
 from fastcore.basics import noop
 from torch import nn
 
-from s9_fastai.fast import (_is_intel, Autocast, FastBatchNorm2d, FastDropout, FastSGD, FoldedBatchNorm, fast_layers, fold_rows,
-                            keep_freed_memory, number_format)
+from s9_fastai.fast import Autocast, ChannelsLast2d, FastSGD, _is_intel, keep_freed_memory, number_format
+from s9_fastai.layers import FastBatchNorm2d, FastDropout, FoldedBatchNorm, fast_layers, fold_rows
 from s9_fastai.learner import get_recipe, s9_learner
 from s9_fastai.net import Net
 from s9_fastai.test_utils import synth_dls, synth_groups, synth_learner
@@ -264,6 +269,53 @@ def test_predictions_without_labels():
     assert learn.get_preds(dl=dl)[0].shape == (1, 10) and not torch.is_autocast_enabled('cpu')
 
 
+class Odd(nn.Module):
+    "Two inputs, one by keyword, and an output that is not a tensor"
+    def __init__(self, kind):
+        super().__init__()
+        self.kind, self.lin = kind, nn.Linear(4, 3)
+
+    def forward(self, x, scale=1.):
+        y = self.lin(x)*scale
+        return self.kind(logits=y, rest=[y, x.double(), 'text']) if self.kind else y
+
+
+@pytest.mark.parametrize('kind', [None, dict, OrderedDict, namedtuple('Out', 'logits rest')], ids=str)
+def test_any_inputs_and_outputs_go_through_autocast(kind, monkeypatch):
+    monkeypatch.setattr('s9_fastai.fast.number_format', lambda device: torch.bfloat16)
+    model, cb = Odd(kind), Autocast()
+    cb.learn = learn = SimpleNamespace(model=model)
+    cb.before_batch()
+    out = learn.pred = model(torch.ones(2, 4), scale=2.)
+    was = (out['logits'] if isinstance(out, dict) else out if kind is None else out.logits).dtype
+    cb.after_pred()
+    logits = learn.pred if kind is None else learn.pred['logits'] if isinstance(out, dict) else learn.pred.logits
+    assert (was, logits.dtype, type(learn.pred)) == (torch.bfloat16, torch.float32, type(out)) and 'forward' not in vars(model)
+    if kind is not None:
+        rest = (learn.pred['rest'] if isinstance(out, dict) else learn.pred.rest)
+        assert [rest[0].dtype, rest[1].dtype, rest[2]] == [torch.float32, torch.float64, 'text']
+
+
+def test_a_cancelled_batch_leaves_no_autocast(monkeypatch):
+    monkeypatch.setattr('s9_fastai.fast.number_format', lambda device: torch.bfloat16)
+    class Cancel(Callback):
+        order = 11
+        def before_batch(self): raise CancelBatchException
+    learn = synth_learner(model=Net(), cbs=[Autocast(), Cancel()])
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert 'forward' not in vars(learn.model)
+
+
+@pytest.mark.parametrize('wrap', [torch.jit.script, partial(torch.compile, backend='eager'), torch.fx.symbolic_trace, nn.DataParallel],
+                         ids=['script', 'compile', 'fx', 'parallel'])
+def test_models_of_other_kinds_train(wrap, monkeypatch):
+    monkeypatch.setattr('s9_fastai.fast.number_format', lambda device: torch.bfloat16)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+    learn = synth_learner(model=wrap(model)).to_fast()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert np.isfinite(learn.recorder.values[-1][0])
+
+
 # --- memory
 
 def test_freed_memory_is_kept_where_the_allocator_is_glibcs(monkeypatch):
@@ -275,7 +327,8 @@ def test_freed_memory_is_kept_where_the_allocator_is_glibcs(monkeypatch):
 @pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='page faults are counted for glibc alone')
 def test_a_step_takes_no_new_pages():
     code = '''import resource, torch
-from s9_fastai.fast import fast_layers, keep_freed_memory
+from s9_fastai.fast import keep_freed_memory
+from s9_fastai.layers import fast_layers
 from s9_fastai.net import Net
 keep_freed_memory()
 net, x = fast_layers(Net()).to(memory_format=torch.channels_last), torch.randn(64, 3, 32, 32)
@@ -386,6 +439,90 @@ def test_export_and_load(tmp_path):
     with again.no_bar(): got = again.get_preds(dl=learn.dls.valid)[0]
     # fastai takes ChannelsLast out of what it loads for a CPU, and another kernel rounds its bfloat16 otherwise
     torch.testing.assert_close(got, want, rtol=0, atol=2e-3)
+
+
+def mixed():
+    "Weights of three to five dimensions, a 1x1 convolution and a buffer without memory of its own"
+    model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Dropout(0.1), nn.Conv2d(8, 8, 1), nn.Unflatten(1, (2, 4)),
+                          nn.Conv3d(2, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool3d((1, 1, 8)), nn.Flatten(2), nn.Conv1d(4, 10, 3), nn.AdaptiveAvgPool1d(1), nn.Flatten())
+    model.register_buffer('wide', torch.ones(1, 1, 1, 1).expand(2, 3, 4, 4))
+    return model
+
+
+def layout(learn): return [(type(m), [o.stride() for o in [*m.parameters(False), *m.buffers(False)]]) for m in learn.model.modules() if m is not learn.model]
+
+
+def test_to_plain_leaves_what_was_there(tmp_path):
+    learn = synth_learner(model=mixed(), path=tmp_path)
+    was = layout(learn)
+    with learn.no_bar(), learn.no_logging():
+        cbs = {*map(type, learn.cbs)}
+        learn.to_fast().fit(1)
+        assert layout(learn) != was and learn.model[4].weight.stride() == (8, 1, 8, 8)
+        assert learn.to_plain() is learn and layout(learn) == was and {*map(type, learn.cbs)} == cbs
+        learn.to_plain().fit(1)
+    learn.export('plain.pkl')
+    assert layout(learn) == was and b's9_fastai' not in (tmp_path/'plain.pkl').read_bytes()
+
+
+def test_to_plain_keeps_what_was_channels_last_before():
+    net = nn.Sequential(nn.Conv2d(3, 10, 3), nn.Conv2d(10, 10, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten()).to(memory_format=cl)
+    learn = synth_learner(model=net, cbs=ChannelsLast())
+    was = layout(learn)
+    with learn.no_bar(), learn.no_logging(): learn.to_fast().fit(1)
+    assert not learn._grab_cbs(ChannelsLast2d)
+    learn.to_plain()
+    assert layout(learn) == was and type(learn.channels_last) is ChannelsLast
+
+
+def test_to_plain_after_an_interrupt(monkeypatch):
+    monkeypatch.setattr('s9_fastai.fast.number_format', lambda device: torch.bfloat16)
+    class Break(Callback):
+        order = 11
+        def before_batch(self): raise KeyboardInterrupt
+    learn = synth_learner(model=mixed()).to_fast()
+    with learn.no_bar(), learn.no_logging(), pytest.raises(KeyboardInterrupt): learn.fit(1, cbs=Break())
+    assert 'forward' in vars(learn.model) and 'forward' not in vars(learn.to_plain().model)
+
+
+def fp16_then_fast(learn): learn.to_fp16().to_fast()
+def given_then_fast(learn): learn.add_cb(MixedPrecision()).to_fast()
+def native_then_fast(learn): learn.to_non_native_fp16().to_fast()
+def fast_then(name): return lambda learn: getattr(learn.to_fast(), name)()
+def fp16_in_fit(learn): learn.to_fast().fit(1, cbs=MixedPrecision())
+def fp16_added(learn): learn.to_fast().add_cb(MixedPrecision()).fit(1)
+
+
+@pytest.mark.parametrize('do, message, remedy', [
+    (fp16_then_fast, 'has MixedPrecision, an autocast of its own: call to_fp32() before to_fast()', lambda o: o.to_fp32().to_fast()),
+    (given_then_fast, 'call to_fp32() before to_fast()', lambda o: o.to_fp32().to_fast()),
+    (native_then_fast, 'has NonNativeMixedPrecision, an autocast of its own: call to_non_native_fp32() before to_fast()', lambda o: o.to_non_native_fp32().to_fast()),
+    (fast_then('to_fp16'), 'has Autocast: call to_plain() before to_fp16()', lambda o: o.to_plain().to_fp16()),
+    (fast_then('to_bf16'), 'has Autocast: call to_plain() before to_bf16()', lambda o: o.to_plain().to_bf16()),
+    (fast_then('to_non_native_fp16'), 'call to_plain() before to_non_native_fp16()', lambda o: o.to_plain()),
+    (fp16_in_fit, 'leave out MixedPrecision, or call to_plain() first', lambda o: o),
+    (fp16_in_fit, 'leave out MixedPrecision, or call to_plain() first', lambda o: o.to_plain().to_fp16()),
+    (fp16_added, 'leave out MixedPrecision, or call to_plain() first', lambda o: o.to_plain())],
+    ids=['fp16', 'callback', 'native', 'to_fp16', 'to_bf16', 'to_native', 'in fit', 'in fit, plain', 'added'])
+def test_two_autocasts_are_refused_and_the_remedy_works(do, message, remedy):
+    learn = synth_learner()
+    with learn.no_bar(), learn.no_logging():
+        with pytest.raises(ValueError) as e: do(learn)
+        assert message in str(e.value)
+        remedy(learn).fit(1)
+    assert np.isfinite(learn.recorder.values[-1][0])
+
+
+def test_fastais_own_signature_stays():
+    assert str(inspect.signature(Learner.to_fp16)).startswith('(self') and Learner.to_fp16.__doc__.startswith('Set `Learner` to float16')
+    assert type(synth_learner().to_fp16(growth_interval=3).mixed_precision) is MixedPrecision
+
+
+def test_a_lazy_model_and_a_summary():
+    model = nn.Sequential(nn.LazyConv2d(8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.LazyLinear(10))
+    learn = synth_learner(model=model).to_fast()
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert 'FastBatchNorm2d' in str(learn.summary())
 
 
 @pytest.mark.cuda
