@@ -21,6 +21,8 @@ from fastai.learner import Learner
 from fastai.torch_core import to_device
 from fastcore.basics import first
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.overrides import TorchFunctionMode
 from torch.utils import data
@@ -39,7 +41,7 @@ def _counter():
                ops._trilinear: lambda a, w, b, *_, **__: 2*a[0]*prod(w)}  # of a bilinear layer
     return FlopCounterMode(display=False, custom_mapping=mapping)
 
-# %% ../nbs/05_summary.ipynb #06309045
+# %% ../nbs/05_summary.ipynb #1f9a515d
 _recurrent = 'lstm', 'gru', 'rnn_tanh', 'rnn_relu'
 
 def _recurrent_macs(args):
@@ -92,9 +94,11 @@ class _Trace(TorchFunctionMode):
         for t in _tensors(out) if ins else []: self.fields[t] = output_field(name, slid, sizes, fields, t.shape)
         return out
 
-    def enter(self, m, args): self.stack.append((self.macs, len(self.rows), {}))
+    def enter(self, m, args):
+        if m in self.names: self.stack.append((self.macs, len(self.rows), {}))
 
     def leave(self, m, args, out):
+        if m not in self.names: return  # a module that is no part of the model: its caller's work
         start, first_row, used = self.stack.pop()
         macs = self.macs - start - sum(r.macs for r in self.rows[first_row:])  # less what the modules inside it did
         used |= {id(p): p for p in m.parameters(recurse=False)}
@@ -162,7 +166,7 @@ def _eval_mode(model):
             for b, version, old in buffers:
                 if b._version != version: b.copy_(old)
 
-# %% ../nbs/05_summary.ipynb #4710243f
+# %% ../nbs/05_summary.ipynb #4b35e602
 def _zeros(input_size, like):
     "A batch of one input of zeros, with the device and dtype of `like`"
     ok = isinstance(input_size, (tuple, list)) and input_size
@@ -188,13 +192,13 @@ def _arguments(o):
     "The positional and the named arguments of a model in the `input_data` `o`"
     if isinstance(o, torch.Tensor): return (o,), {}
     if isinstance(o, Mapping): return (), dict(o)
-    if isinstance(o, (tuple, list)): return tuple(o), {}
+    if isinstance(o, (tuple, list)): return ((o,) if hasattr(o, '_fields') else tuple(o)), {}  # a packed sequence is one
     if not isinstance(o, (DataLoaders, DataLoader, data.DataLoader)):
         raise TypeError(f'input_data is a {type(o).__name__}: give a tensor, a tuple or dict of tensors, or loaders')
     loaders = o.loaders[1::-1] if isinstance(o, DataLoaders) else [o]
     return next(filter(None, (_one_item(dl, o) for dl in loaders)), ()), {}
 
-# %% ../nbs/05_summary.ipynb #a9f3cd5c
+# %% ../nbs/05_summary.ipynb #fbf5e314
 def _check(model):
     "TypeError or ValueError where `model` is nothing to summarise"
     if not isinstance(model, nn.Module):
@@ -209,16 +213,17 @@ def _inputs(model, input_size, input_data):
     like = next((p for p in chain(model.parameters(), model.buffers()) if p.is_floating_point()), torch.empty(0))
     if input_data is None: return (_zeros((3, 32, 32) if input_size is None else input_size, like),), {}
     if input_size is not None: raise ValueError('input_size and input_data are both given: leave one out')
-    return to_device(_arguments(input_data), like.device)
+    given = _arguments(input_data)
+    return given if all(t.device == like.device for t in _tensors(given)) else to_device(given, like.device)
 
 def _trace(model, xs, args, kwargs):
     "The trace of `model(*args, **kwargs)`"
     trace = _Trace(model, xs)
     with ExitStack() as stack:
-        for m in trace.names:
-            stack.callback(m.register_forward_pre_hook(trace.enter).remove)
-            stack.callback(m.register_forward_hook(trace.leave).remove)
-        with trace.counter, trace: model(*args, **kwargs)
+        stack.callback(register_module_forward_pre_hook(trace.enter).remove)
+        stack.callback(register_module_forward_hook(trace.leave).remove)
+        for ctx in (trace.counter, sdpa_kernel(SDPBackend.MATH), trace): stack.enter_context(ctx)
+        model(*args, **kwargs)
     return trace
 
 # %% ../nbs/05_summary.ipynb #5635aa7f
