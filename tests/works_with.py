@@ -16,13 +16,12 @@ from pathlib import Path
 from unittest.mock import patch
 
 import albumentations as A
-import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.progress import ProgressCallback
-from fastai.optimizer import OptimWrapper
 from fastai.torch_core import norm_bias_params
 from fastcore.basics import noop
 from torch import nn
@@ -39,7 +38,7 @@ from s9_fastai.schedule import StepLR
 from s9_fastai.summary import summary
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from works_with_learners import LEARNERS, make, n_train, n_valid
+from works_with_learners import LEARNERS, make, n_train
 
 table = Path(__file__).resolve().parent/'data'/'works_with.json'
 CHECKS, REFUSED = {}, {}  # by the name that the page gives the part; (part, Learner): (error, what its message has in it)
@@ -59,16 +58,18 @@ def refuses(part, error, words, *learners):
 
 
 def run(part, learner):
-    "What the check of one cell has found, as (whether the part works there, one line about it); an AssertionError where the result is wrong"
+    """What the check of one cell has found, as a dict: whether the part `works` there, what was `found`, and a `note`, the error for what is refused,
+    or None. An AssertionError where a value is wrong"""
     with tempfile.TemporaryDirectory() as tmp, warnings.catch_warnings(), redirect_stdout(io.StringIO()):
         warnings.simplefilter('ignore')
-        if (part, learner) not in REFUSED: return True, CHECKS[part](learner, Path(tmp))
+        if (part, learner) not in REFUSED:
+            found = CHECKS[part](learner, Path(tmp))
+            found, note = found if isinstance(found, tuple) else (found, None)
+            return dict(works=True, found=found, note=note)
         error, words = REFUSED[part, learner]
-        try: CHECKS[part](learner, Path(tmp))
-        except error as e: message = re.sub(r'^Exception occured in .*?: ', '', ' '.join(str(e).split()))  # fastai puts that before it
-        else: raise AssertionError(f'{part} does not refuse {learner}')
-        assert re.search(words, message), message
-        return False, message
+        with pytest.raises(error, match=words) as refusal: CHECKS[part](learner, Path(tmp))
+        note = re.sub(r'^Exception occured in .*?: ', '', ' '.join(str(refusal.value).split()))  # fastai puts that before it
+        return dict(works=False, found='refused', note=note)
 
 
 # --- what the checks share
@@ -258,8 +259,8 @@ def check_step_lr(learner, tmp):
 
 @check('distillation')
 def check_distill(learner, tmp):
-    "`Distill`: the loss of the first batch is the mean of the labels' and the teacher's, computed by hand"
-    learn = new(learner, keyed=True) if 'keyed' in known_options(learner) else new(learner)
+    "`Distill` in a `KeyedDL`: the loss of the first batch is the mean of the labels' and the teacher's, computed by hand"
+    learn = new(learner, **({'keyed': True} if 'keyed' in known_options(learner) else {}))
     logits = torch.randn(n_train, 2 if learner == 'siamese' else 10, generator=torch.Generator().manual_seed(5)).half().float()
     seen = Steps('after_loss', lambda learn: (learn.xb[0].clone(), learn.yb[0].clone(), learn.pred.detach().clone(), learn.loss_grad.item()), 1)
     learn.fit(1, cbs=[Distill(Answers(logits), weight=0.7, temperature=3., spread=2.), seen])
@@ -284,20 +285,14 @@ refuses('distillation', TypeError, 'use the loaders of cifar_dls', 'tabular', 't
 def known_options(learner): return inspect.signature(getattr(LEARNERS[learner], 'func', LEARNERS[learner])).parameters
 
 
-#: What a pipeline may do to the images of each Learner: coordinates and a second image would not follow what moves the first one
 moving = A.Compose([A.HorizontalFlip(p=0.5), A.RandomBrightnessContrast(p=0.8)])
 colours = A.Compose([A.RandomBrightnessContrast(p=0.8)])
-
-
-def pipeline(learner): return colours if learner in ('points', 'siamese') else moving
-
-
 seeds = count()
 
 
 def batches(learner, n_epochs=2, **kwargs):
-    "All tensors of the training batches of `n_epochs`, and of one validation, as bytes, by epoch"
-    dls = new(learner, keyed=True, **kwargs).dls
+    "All tensors of the training batches, by epoch, and of one validation, as bytes"
+    dls = new(learner, **kwargs).dls
     random.seed(next(seeds))  # what else draws numbers makes no difference
     return [bits(t for b in dls.train for t in b) for _ in range(n_epochs)], bits(t for b in dls.valid for t in b)
 
@@ -310,14 +305,21 @@ def check_draws(learner, **kwargs):
     assert batches(learner, workers=2, **kwargs) == ([first, second], valid)
 
 
+def only_colours(learner, error, **kwargs):
+    "The draws of a pipeline that changes colours, and the message for one that moves the image away from what belongs to it"
+    check_draws(learner, **{k: make_tfm(colours) for k, make_tfm in kwargs.items()})
+    with pytest.raises(error) as refusal: batches(learner, **{k: make_tfm(moving) for k, make_tfm in kwargs.items()})
+    return 'colour changes, the same with 0 and 2 workers', ' '.join(str(refusal.value).split())
+
+
 @check('AlbumentationsTransform')
 def check_albumentations(learner, tmp):
-    "`AlbumentationsTransform`, in a `KeyedDL`: new draws in each epoch, the same with 0 and 2 workers, none in validation; a mask follows its image"
-    tfm = AlbumentationsTransform(pipeline(learner))
-    if 'item' not in known_options(learner): return tfm(item_of(learner), split_idx=0)
-    check_draws(learner, item=tfm)
+    "`AlbumentationsTransform` in a `DataBlock`: new draws in each epoch, the same with 0 and 2 workers, none in validation; a mask follows its image"
+    if 'item' not in known_options(learner): return AlbumentationsTransform(moving)(item_of(learner), split_idx=0)
+    if learner in ('points', 'siamese'): return only_colours(learner, TypeError, item=AlbumentationsTransform)
+    check_draws(learner, item=AlbumentationsTransform(moving))
     if learner != 'U-net': return 'the same with 0 and 2 workers'
-    for x, y in new(learner, keyed=True, item=AlbumentationsTransform(A.Compose([A.HorizontalFlip(p=0.5)])), norm=False).dls.train:
+    for x, y in new(learner, item=AlbumentationsTransform(A.Compose([A.HorizontalFlip(p=0.5)])), norm=False).dls.train:
         assert ((255*x[:, 0]).round() > 128).tolist() == (y == 1).tolist()  # as `mask` makes it
     return 'the same with 0 and 2 workers, masks fit'
 
@@ -333,16 +335,13 @@ refuses('AlbumentationsTransform', TypeError, 'takes a PILImage or a uint8 array
 
 @check('BatchAugment')
 def check_batch_augment(learner, tmp):
-    "`BatchAugment`, in a `KeyedDL`: new draws in each epoch, the same with 0 and 2 workers, none in validation"
-    tfm = BatchAugment.from_compose(pipeline(learner))
-    if 'batch' not in known_options(learner): return tfm(new(learner).dls.one_batch(), split_idx=0)
-    check_draws(learner, batch=tfm)
+    "`BatchAugment` in a `DataBlock`: new draws in each epoch, the same with 0 and 2 workers, none in validation"
+    if 'batch' not in known_options(learner): return BatchAugment.from_compose(moving)(new(learner).dls.one_batch(), split_idx=0)
+    if learner in ('U-net', 'points', 'siamese'): return only_colours(learner, TypeError, batch=BatchAugment.from_compose)
+    check_draws(learner, batch=BatchAugment.from_compose(moving))
     return 'the same with 0 and 2 workers'
 
 
-refuses('BatchAugment', TypeError, 'moves images, but not TensorMask', 'U-net')
-refuses('BatchAugment', TypeError, 'moves images, but not TensorPoint', 'points')
-refuses('BatchAugment', TypeError, 'moves images, but not TensorImage', 'siamese')
 refuses('BatchAugment', TypeError, 'takes a TensorImage', *no_images)
 
 
@@ -395,10 +394,11 @@ def write():
     rows, failed = {}, 0
     for part, learner in cells():
         start = time.time()
-        try: works, text = run(part, learner)
-        except Exception as e: works, text, failed = 'FAILED', ' '.join(f'{type(e).__name__}: {e}'.split())[:300], failed + 1
-        print(f'{time.time() - start:5.2f} s  {part} × {learner}: {works} {text}', flush=True)
-        rows.setdefault(part, {})[learner] = dict(works=works, text=text)
+        try: row = run(part, learner)
+        except (Exception, pytest.fail.Exception) as e:
+            row, failed = dict(works='FAILED', found=f'{type(e).__name__}: {e}'[:300], note=None), failed + 1
+        rows.setdefault(part, {})[learner] = row
+        print(f'{time.time() - start:5.2f} s  {part} × {learner}:', *(o for o in row.values() if o), flush=True)
     if not failed: table.write_text(json.dumps(rows, indent=1, ensure_ascii=False) + '\n', encoding='utf-8')
     return failed
 

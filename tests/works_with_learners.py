@@ -14,7 +14,7 @@ from fastai.tabular.all import Categorify, FillMissing, TabularPandas, tabular_l
 from fastai.tabular.core import Normalize as NormalizeColumns
 from fastai.text.all import AWD_LSTM, TextBlock, awd_lstm_clas_config, awd_lstm_lm_config, language_model_learner, text_classifier_learner
 from fastai.torch_core import set_seed
-from fastai.vision.all import ConvLayer, ImageBlock, MaskBlock, PILImage, PointBlock, create_body, imagenet_stats, unet_learner, vision_learner
+from fastai.vision.all import ConvLayer, ImageBlock, MaskBlock, PILImage, PointBlock, imagenet_stats, unet_learner, vision_learner
 from fastcore.foundation import L
 from torch import nn
 from torchvision.models import resnet18
