@@ -105,7 +105,7 @@ def bits(o): return b''.join(t.contiguous().cpu().numpy().tobytes() for t in o)
 class Double(Callback):
     "Runs in float64"
     def before_fit(self): self.model.double()
-    def before_batch(self): self.learn.xb, self.learn.yb = ([o.double() if o.is_floating_point() else o for o in b] for b in (self.xb, self.yb))
+    def before_batch(self): self.learn.xb, self.learn.yb = (tuple(o.double() if o.is_floating_point() else o for o in b) for b in (self.xb, self.yb))
 
 
 def folds(out):
