@@ -38,7 +38,7 @@ from s9_fastai.schedule import StepLR
 from s9_fastai.summary import summary
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from works_with_learners import LEARNERS, make, n_train
+from works_with_learners import LEARNERS, classes, make, n_train
 
 table = Path(__file__).resolve().parent/'data'/'works_with.json'
 CHECKS, REFUSED = {}, {}  # by the name that the page gives the part; (part, Learner): (error, what its message has in it)
@@ -127,7 +127,8 @@ def gradients(learner, to_fast, *cbs):
         if isinstance(m, nn.Dropout): m.p = 0
         if isinstance(m, nn.ReLU): m.forward = partial(F.silu, inplace=m.inplace)
         if isinstance(m, nn.BatchNorm2d): m.register_forward_hook(lambda m, x, out: n.append(folds(out)))
-    if to_fast: learn.to_fast()
+    if to_fast:
+        for m in learn.to_fast().model.modules(): m.least = 0  # batch norms: the fast way for small batches too
     else: learn.add_cb(ChannelsLast())
     with patch('s9_fastai.fast.number_format', lambda device: torch.float32): learn.fit(1, cbs=[steps, *cbs])
     return steps.seen[0], sum(n), len(n)
@@ -349,14 +350,15 @@ refuses('BatchAugment', TypeError, 'takes a TensorImage', *no_images)
 
 @check('summary')
 def check_summary(learner, tmp):
-    "`summary` of a batch of the loaders: the multiply-accumulates are half of what torch's `FlopCounterMode` counts, and every parameter is in it"
+    "`summary` of the Learner: the multiply-accumulates are half of what torch's `FlopCounterMode` counts (spectral norm added by hand), and every parameter is in it"
     learn = new(learner)
-    x = learn.dls.one_batch()[:learn.dls.n_inp]
-    s = summary(learn.model, x)
+    x = tuple(o[:1] for o in learn.dls.one_batch()[:learn.dls.n_inp])
+    s = summary(learn.model, input_data=x)
     learn.model.eval()
     with torch.no_grad(), torch.backends.mkldnn.flags(enabled=False), FlopCounterMode(display=False) as counter: learn.model(*x)
-    assert s.params == sum(p.numel() for p in learn.model.parameters())
-    assert 2*s.macs == counter.get_total_flops(), (2*s.macs, counter.get_total_flops())
+    spectral = sum(m.weight.numel() + len(m.weight) for m in learn.model.modules() if hasattr(m, 'weight_u'))  # W·v, then u·Wv: not counted by torch
+    assert s.macs == counter.get_total_flops()//2 + spectral, (s.macs, counter.get_total_flops()//2, spectral)
+    assert s.params == sum(p.numel() for p in learn.model.parameters()) and summary(learn).params == s.params
     return f'{s.macs:,} MACs'
 
 
@@ -367,7 +369,7 @@ def check_interpretation(learner, tmp):
     learn.fit(1, cbs=[])
     df = misclassified(learn)
     dl, want = learn.dls.valid.new(shuffle=False, bs=1), {}
-    vocab = learn.dls.vocab[-1] if learner in ('tabular', 'text classifier') else learn.dls.vocab
+    vocab = {'siamese': ['False', 'True'], 'tabular': classes[:3]}.get(learner, classes)
     learn.model.eval()
     for i, (*x, y) in zip([*dl.get_idxs()], dl):
         with torch.no_grad(): probs = first(learn.model(*x)).softmax(1)[0]
@@ -378,6 +380,9 @@ def check_interpretation(learner, tmp):
         true, predicted, prob = want[row.index]
         assert (row.true, row.predicted) == (true, predicted) and abs(row.prob - prob) < 1e-5
     return f'{len(want)} mistakes'
+
+
+refuses('interpretation', (TypeError, ValueError), 'class', 'U-net', 'multi-label', 'points', 'language model')
 
 
 def first(o): return o[0] if isinstance(o, tuple) else o
