@@ -31,6 +31,7 @@ from s9_fastai.augment import AlbumentationsTransform
 from s9_fastai.average import WeightAverage
 from s9_fastai.batch_augment import BatchAugment
 from s9_fastai.checkpoint import Checkpoint
+from s9_fastai.cifar import CLASSES
 from s9_fastai.distill import Answers, Distill
 from s9_fastai.interpret import misclassified
 from s9_fastai.muon import FastMuon
@@ -369,7 +370,7 @@ def check_interpretation(learner, tmp):
     learn.fit(1, cbs=[])
     df = misclassified(learn)
     dl, want = learn.dls.valid.new(shuffle=False, bs=1), {}
-    vocab = {'siamese': ['False', 'True'], 'tabular': classes[:3]}.get(learner, classes)
+    vocab = {'Net': CLASSES, 'siamese': ['False', 'True'], 'tabular': classes[:3]}.get(learner, classes)
     learn.model.eval()
     for i, (*x, y) in zip([*dl.get_idxs()], dl):
         with torch.no_grad(): probs = first(learn.model(*x)).softmax(1)[0]
