@@ -116,11 +116,15 @@ def check_answers(
     dls, # `DataLoaders` of the one who learns
 ):
     """A ValueError where the images or classes of `dls` are not those of `answers`, and as `check_teacher` where both
-    say what their images are; a TypeError for loaders that do not tell which images are in a batch"""
+    say what their images are; a TypeError for loaders that do not tell which images are in a batch, and for targets that
+    are not one class an image"""
     dl, (n, n_class) = dls.train, answers.logits.shape
     if not isinstance(dl, KeyedDL) or not all(isinstance(i, Integral) for i in dl.dataset.items):
         raise TypeError(f'{type(dl).__name__} does not tell the numbers of the images in a batch, but Distill must '
                         'know them: use the loaders of cifar_dls')
+    if getattr(y := dl.dataset[0][-1], 'ndim', None) != 0:
+        raise TypeError(f'the target of an image is a {type(y).__name__}, but a teacher tells one class an image from '
+                        'the others: leave Distill out')
     if (most := max(dl.dataset.items)) >= n:
         raise ValueError(f'the teacher has answers for {n} images, but the loaders have one of number {most}: '
                          'ask it again, of these images')

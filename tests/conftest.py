@@ -1,5 +1,7 @@
-"The table of faults: each test of a fault shows the message that a user gets, and the table has it word for word"
+"""As many tests at a time as there are cores, each with one thread; and the table of faults: each test of a fault shows the message that a user
+gets, and the table has it word for word"""
 import json
+import os
 import re
 from pathlib import Path
 
@@ -10,6 +12,22 @@ tables = Path(__file__).parent/'data'/'faults'
 
 def pytest_addoption(parser):
     parser.addoption('--write-faults', action='store_true', help='write the messages that users get into tests/data/faults, instead of comparing them')
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    "For `-n auto`: the cores that this process may use; each worker takes about a gigabyte of memory"
+    return min(len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1, 8)
+
+
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the option
+def pytest_cmdline_main(config):
+    if config.option.write_faults: config.option.numprocesses = None  # each writes into the tables, so one at a time
+
+
+def pytest_configure(config):
+    "One thread for torch in every worker, and in the commands that tests start: else they would wait for each other"
+    if getattr(config.option, 'numprocesses', None): os.environ.setdefault('OMP_NUM_THREADS', '1')
 
 
 def own_words(text): return re.sub(r'\([^()]*\)', '()', text)  # in round brackets are the words of libraries, which change

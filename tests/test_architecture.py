@@ -3,7 +3,6 @@ import ast
 import importlib
 import inspect
 import json
-import multiprocessing
 import re
 import subprocess
 import sys
@@ -12,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from fastcore.docments import docments
+from processes import server
 
 root = Path(__file__).resolve().parent.parent
 notebooks = sorted((root/'nbs').glob('*.ipynb'))
@@ -73,12 +73,10 @@ def test_no_undefined_or_unused_names(module):
 
 def test_each_module_imports_alone():
     "In a new process each: what a notebook's other cells imported must not be needed. They share what others wrote, which is slow to import"
-    ctx = multiprocessing.get_context('forkserver')
-    ctx.set_forkserver_preload(['torch', 'torchvision', 'pandas', 'matplotlib.pyplot', 'albumentations', 'fastai.learner'])
     failed = {}
     for m in modules:
         code = f'import sys, warnings; assert "s9_fastai" not in sys.modules; warnings.simplefilter("error", UserWarning); import s9_fastai.{m.stem}'
-        p = ctx.Process(target=exec, args=(code,))
+        p = server.Process(target=exec, args=(code,))
         p.start()
         p.join()
         if p.exitcode: failed[m.stem] = p.exitcode

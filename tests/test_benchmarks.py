@@ -1,28 +1,30 @@
 "The measuring scripts run; what they measure is not judged here"
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
+
+import pytest
+from processes import run
 
 folder = Path(__file__).resolve().parent.parent/'benchmarks'
 scripts = sorted(f.stem for f in folder.glob('*.py'))
 
 
-def run(*args, **env):
-    return subprocess.run([sys.executable, '-W', 'ignore', *map(str, args)], cwd=folder, capture_output=True, text=True,
-                          env={**os.environ, **env})
+def bench(script, *args, **env): return run(folder/script, *args, cwd=folder, **env)
 
 
-def test_all_import():
-    done = run('-c', f'import {", ".join(scripts)}')
-    assert len(scripts) > 8 and done.returncode == 0, done.stderr
+@pytest.mark.parametrize('script', scripts)
+def test_it_imports_and_has_options(script):
+    done, is_module = bench(f'{script}.py', '--help'), script in ('common', 'competitors')
+    assert done.returncode == 0 and is_module != ('usage: ' in done.stdout), done.stderr
+
+
+def test_there_are_scripts(): assert len(scripts) > 8
 
 
 def test_a_run_prints_a_table_and_appends_lines(tmp_path):
     args = ['loaders.py', '--out', tmp_path/'results', *'--data sample --images 300 --workers 0 --reps 1 --contestants'.split()]
     for contestants, n in ((['fastai', 'item', 'batch'], 3), (['batch'], 4)):
-        done = run(*args, *contestants)
+        done = bench(*args, *contestants)
         assert done.returncode == 0 and '| batch path, 1 process ' in done.stdout, done.stderr
         lines = [json.loads(o) for o in (tmp_path/'results'/'loaders.jsonl').read_text().splitlines()]
         assert len(lines) == n
@@ -32,7 +34,7 @@ def test_a_run_prints_a_table_and_appends_lines(tmp_path):
 
 
 def test_without_data_it_says_so():
-    done = run('epochs.py', S9_CIFAR10='')
+    done = bench('epochs.py', S9_CIFAR10='')
     assert done.returncode == 2 and 'S9_CIFAR10' in done.stderr.splitlines()[-1] and done.stdout == ''
 
 
@@ -40,7 +42,7 @@ def test_runs_from_several_seeds_are_one_line_and_go_on(tmp_path):
     args = ['accuracy.py', 'try', '--seeds', 0, 1, '--folder', tmp_path/'runs', '--out', tmp_path/'results', '--recipe', 'fast', '--data', 'sample',
             '--n-channels', 4, '--bs', 500, '--held-out', 500]
     for epochs in (1, 1):  # the second time nothing is trained
-        done = run(*args, '--epochs', epochs)
+        done = bench(*args, '--epochs', epochs)
         assert done.returncode == 0 and 'try: ' in done.stdout and 'n = 2' in done.stdout, done.stderr
     lines = [json.loads(o) for o in (tmp_path/'results'/'accuracy.jsonl').read_text().splitlines()]
     assert len(lines) == 2 and lines[0]['values'] == lines[1]['values'] and lines[0]['seconds'] == lines[1]['seconds']
@@ -51,13 +53,13 @@ def test_runs_from_several_seeds_are_one_line_and_go_on(tmp_path):
     assert {'hardware', 'versions', 'commit', 'command', 'date'} <= o.keys()
     begun = json.loads((tmp_path/'runs'/'try'/'seed-0.json').read_text())
     assert begun['args'][-2:] == ['--epochs', '1'] and begun['commit'] == o['commit']
-    done = run(*args, '--epochs', 2)  # another training under the same name
+    done = bench(*args, '--epochs', 2)  # another training under the same name
     assert done.returncode == 1 and '--epochs 1: give the result another name' in done.stderr
 
 
 def test_a_run_that_fails_is_told(tmp_path):
     args = ['accuracy.py', 'bad', '--seeds', 0, '--folder', tmp_path/'runs', '--out', tmp_path/'results', '--data', 'sample', '--bs', 'x']
-    done = run(*args)
+    done = bench(*args)
     assert done.returncode == 1 and "'x' is not a whole number" in done.stderr and not (tmp_path/'results').exists()
 
 
@@ -75,14 +77,14 @@ def test_the_recipe_of_the_sample_and_its_variants(tmp_path):
 
 def test_a_teacher_is_trained_and_ablations_use_it(tmp_path):
     common = ['--data', 'sample', '--epochs', 1, '--held-out', 500, '--threads', 1, '--out', tmp_path]
-    done = run('teacher.py', *common, '--width', 4, '--keep', tmp_path/'t.safetensors')
+    done = bench('teacher.py', *common, '--width', 4, '--keep', tmp_path/'t.safetensors')
     assert done.returncode == 0 and '% of the held-out images' in done.stdout, done.stderr
-    done = run('teacher.py', *common, '--held-out', 0)
+    done = bench('teacher.py', *common, '--held-out', 0)
     assert done.returncode == 2 and '--held-out is 0' in done.stderr
-    done = run('ablate.py', 'a teacher, weight 0.9', *common, '--held-out', 100, '--teacher', tmp_path/'t.safetensors')
+    done = bench('ablate.py', 'a teacher, weight 0.9', *common, '--held-out', 100, '--teacher', tmp_path/'t.safetensors')
     assert done.returncode == 1 and 'it has seen images that are held out now' in done.stderr
     for _ in range(2):  # the second time nothing is left to do
-        done = run('ablate.py', 'as it is', 'mixup 0.2', 'a teacher, weight 0.9', *common, '--teacher', tmp_path/'t.safetensors')
+        done = bench('ablate.py', 'as it is', 'mixup 0.2', 'a teacher, weight 0.9', *common, '--teacher', tmp_path/'t.safetensors')
         assert done.returncode == 0, done.stderr
     lines = [json.loads(o) for o in (tmp_path/'ablate.jsonl').read_text().splitlines()]
     assert [o['what'] for o in lines] == ['as it is', 'mixup 0.2', 'a teacher, weight 0.9'] and done.stdout == ''

@@ -1,10 +1,14 @@
 "One home for each fact about the package"
 from configparser import ConfigParser
+import os
 from importlib.metadata import entry_points, requires, version
 from pathlib import Path
 
 try: import tomllib
 except ModuleNotFoundError: import tomli as tomllib  # Python 3.10; pytest brings it
+
+import pytest
+import torch
 
 import s9_fastai
 
@@ -35,3 +39,7 @@ def test_requirements_are_those_of_settings():
 
 
 def test_albumentations_is_the_last_one_under_mit(): assert 'albumentations>=2.0.8,<3' in cfg['requirements'].split()
+
+
+@pytest.mark.skipif('PYTEST_XDIST_WORKER' not in os.environ, reason='only one process')
+def test_each_worker_has_its_own_threads(): assert torch.get_num_threads() == int(os.environ['OMP_NUM_THREADS'])
