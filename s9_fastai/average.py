@@ -18,6 +18,8 @@ from .fits import in_fit
 # %% ../nbs/06_average.ipynb #62c8f96a
 class Places:
     "Where the parameters and buffers of a model are; `tensors` reads them anew each time"
+    not_saved = True  # a fit that is resumed finds the places of its own model
+
     def __init__(self,
         model:nn.Module, # Any model; what is shared between its layers has one place
     ):
