@@ -272,7 +272,7 @@ def test_a_complete_run_is_left_as_it_is(tmp_path, capsys):
     learn = plain_learner(tmp_path/'run', seed=5)
     fit3(learn)
     assert {p: p.read_bytes() for p in (tmp_path/'run').rglob('*') if p.is_file()} == files and len(learn.recorder.values) == 3
-    assert 'going on from the end of epoch 3' in capsys.readouterr().out
+    assert 'this fit is complete' in capsys.readouterr().out
 
 
 def test_a_fit_that_is_killed_after_its_last_epoch(tmp_path, monkeypatch):
