@@ -121,7 +121,7 @@ class Recipe:
     def scheduler(self)->list:
         return lr_scheduler(self.sched, rise=self.rise, step_size=self.step_size, gamma=self.gamma)
 
-# %% ../nbs/08_learner.ipynb #fcf4a0ce
+# %% ../nbs/08_learner.ipynb #48bf43b2
 def field_values()->dict: # Such as `0 to below 1`, or `'fast' (…) or 'plain' (…)`, by field
     "What each field of a `Recipe` takes, as a text"
     choices = {**_names, **_others}
@@ -131,7 +131,7 @@ def field_values()->dict: # Such as `0 to below 1`, or `'fast' (…) or 'plain' 
 _fast = Recipe(dropout=0., policy='flip_crop', augment='batch', epochs=11, opt='muon', lr=0.3, wd=1e-3,
                sched='triangle', average=0.03)
 RECIPES = {'stated': Recipe(), 'logged': Recipe(step_size=20, dropout=0.05),
-           'sample': replace(_fast, epochs=32, lr=0.6), 'fast': _fast,
+           'sample': replace(_fast, epochs=36, lr=0.6), 'fast': _fast,
            'best': replace(_fast, epochs=150, policy='flip_crop_cutout')}
 
 # %% ../nbs/08_learner.ipynb #8f1ffcf1
