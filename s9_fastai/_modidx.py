@@ -441,6 +441,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                   's9_fastai.layers._call': ('layers.html#_call', 's9_fastai/layers.py'),
                                   's9_fastai.layers._can_be_fast': ('layers.html#_can_be_fast', 's9_fastai/layers.py'),
                                   's9_fastai.layers._change_classes': ('layers.html#_change_classes', 's9_fastai/layers.py'),
+                                  's9_fastai.layers._is_recorded': ('layers.html#_is_recorded', 's9_fastai/layers.py'),
+                                  's9_fastai.layers._is_transformed': ('layers.html#_is_transformed', 's9_fastai/layers.py'),
                                   's9_fastai.layers._renamed': ('layers.html#_renamed', 's9_fastai/layers.py'),
                                   's9_fastai.layers.fast_layers': ('layers.html#fast_layers', 's9_fastai/layers.py'),
                                   's9_fastai.layers.fold_rows': ('layers.html#fold_rows', 's9_fastai/layers.py'),
