@@ -11,6 +11,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             's9_fastai.attributes': { 's9_fastai.attributes._bytes_of': ('attributes.html#_bytes_of', 's9_fastai/attributes.py'),
                                       's9_fastai.attributes._closure': ('attributes.html#_closure', 's9_fastai/attributes.py'),
                                       's9_fastai.attributes._feed': ('attributes.html#_feed', 's9_fastai/attributes.py'),
+                                      's9_fastai.attributes._is_collection': ('attributes.html#_is_collection', 's9_fastai/attributes.py'),
                                       's9_fastai.attributes._of_module': ('attributes.html#_of_module', 's9_fastai/attributes.py'),
                                       's9_fastai.attributes._parts': ('attributes.html#_parts', 's9_fastai/attributes.py'),
                                       's9_fastai.attributes._slots': ('attributes.html#_slots', 's9_fastai/attributes.py'),

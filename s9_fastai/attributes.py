@@ -15,7 +15,7 @@ from types import FunctionType, GeneratorType, MethodType, ModuleType
 
 import numpy as np, plum, torch
 from fastai.callback.core import Callback
-from fastai.data.core import DataLoaders
+from fastai.data.core import DataLoaders, FilteredBase
 from fastai.learner import Learner, Metric
 from fastai.optimizer import Optimizer
 from fastcore.foundation import L
@@ -68,19 +68,23 @@ _leaves = (type, ModuleType, torch.Tensor, np.ndarray, np.generic, Enum, BaseExc
 _roots = (Learner, Callback, DataLoaders, Optimizer, torch.optim.Optimizer)
 _collections, _many, _most = (list, tuple, L, set, frozenset, deque), 100, 20_000
 
+def _is_collection(o):  # not a `TfmdLists`, which is an `L`: to look at its parts is to make every item, with its draws
+    return isinstance(o, _collections) and not isinstance(o, FilteredBase)
+
 def is_followed(
     o, # Anything
 )->bool:
     "Can `o` hold attributes in which a state is?"
     if isinstance(o, (partial, FunctionType, nn.Module, *_roots)): return True
-    if o is None or isinstance(o, (*_leaves, *_collections, Mapping, MethodType)) or generator_state(o): return False
+    if o is None or isinstance(o, (*_leaves, Mapping, MethodType)): return False
+    if _is_collection(o) or generator_state(o): return False
     return type(o).__module__.partition('.')[0] not in {*_apart, 'builtins', 'itertools', 'functools', 'collections'}
 
 def _parts(path, o):
     "What `o` holds, with its path"
     if isinstance(o, MethodType): return [(path, o.__self__)]
     if isinstance(o, plum.Function): return [(f'{path}[{i}]', m.implementation) for i, m in enumerate(o.methods)]
-    if isinstance(o, _collections): return [(f'{path}[{i}]', v) for i, v in enumerate(o)] if len(o) <= _many else []
+    if _is_collection(o): return [(f'{path}[{i}]', v) for i, v in enumerate(o)] if len(o) <= _many else []
     if isinstance(o, Mapping): return [(f'{path}[{k!r}]', v) for k, v in o.items()] if len(o) <= _many else []
     if not is_followed(o): return []
     kept = isinstance(o, (Callback, Metric))  # `object_state` keeps what has a state_dict
@@ -123,7 +127,7 @@ def _bytes_of(o):
 
 def _feed(h, o, depth):
     if isinstance(o, Mapping): o = [*o.items()]
-    if isinstance(o, _collections) and depth < 20:
+    if _is_collection(o) and depth < 20:
         h.update(f'{type(o).__name__}{len(o)}'.encode())
         for v in _spaced([*o]): _feed(h, v, depth + 1)
         return
