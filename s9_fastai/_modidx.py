@@ -172,6 +172,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    's9_fastai.changed._size': ('changed.html#_size', 's9_fastai/changed.py'),
                                    's9_fastai.changed._state_of': ('changed.html#_state_of', 's9_fastai/changed.py'),
                                    's9_fastai.changed.fit_roots': ('changed.html#fit_roots', 's9_fastai/changed.py'),
+                                   's9_fastai.changed.in_workers': ('changed.html#in_workers', 's9_fastai/changed.py'),
                                    's9_fastai.changed.init_params': ('changed.html#init_params', 's9_fastai/changed.py'),
                                    's9_fastai.changed.put_changes': ('changed.html#put_changes', 's9_fastai/changed.py')},
             's9_fastai.checkpoint': { 's9_fastai.checkpoint.Checkpoint': ('checkpoint.html#checkpoint', 's9_fastai/checkpoint.py'),

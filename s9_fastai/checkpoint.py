@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from torch.nn.parameter import is_lazy
 
-from .changed import FitChanges, fit_roots, init_params, put_changes
+from .changed import FitChanges, fit_roots, in_workers, init_params, put_changes
 from .data import KeyedDL
 from .environment import changes
 from .files import naming, remove_leftovers
@@ -267,6 +267,7 @@ def save(self:Checkpoint,
                                      f'{self.opt.hypers[-1]["lr"]}: take a lower one')
     path = self.folder/checkpoint_name(self.n_fits, place)
     state = learner_state(self.learn, self.own_cbs(), self.begun[1])
+    if place.epoch or place.batch: state['lost'] += in_workers(self.dls, bool(place.batch))
     self.warn_lost(state['lost'])
     self.moved |= {(path, k) for path, values in state['changed'].items() for k in values}
     write_state(path, dict(state, fits=self.fits, place=tuple(place), done=done, time=time.time()))
