@@ -83,7 +83,7 @@ def _tidy(ax, title, df):
     ax.spines[['top', 'right']].set_visible(False)
     ax.grid(alpha=0.25, lw=0.6)
 
-# %% ../nbs/09_interpret.ipynb #7a4f44bf
+# %% ../nbs/09_interpret.ipynb #c8bcf2ed
 def _draw_rates(ax, df, lrs):
     "The learning rate of each batch, where the batch ended, or else of each epoch"
     style, begin = dict(color=_grey, lw=1.6, ms=8), df.epoch.iloc[0] - 1
@@ -125,7 +125,7 @@ def untouched(
     devices = {p.device for p in learn.model.parameters() if p.is_cuda}
     with random_kept(devices), kept([o for o in parts if hasattr(o, '__dict__')]): yield
 
-# %% ../nbs/09_interpret.ipynb #5df7654f
+# %% ../nbs/09_interpret.ipynb #773cf636
 def _class_namer(dls):
     "From the number of a class to its name: the number itself where there is no name"
     vocab = getattr(dls, 'vocab', None)
@@ -174,7 +174,7 @@ def misclassified(
                            prob=probs[idx, preds[idx]]))
     return df.sort_values('prob', ascending=False, kind='stable', ignore_index=True)
 
-# %% ../nbs/09_interpret.ipynb #153b4d96
+# %% ../nbs/09_interpret.ipynb #dd2d68fd
 _coded = 'P', 'PA', 'CMYK', 'YCbCr', 'LAB', 'HSV', 'LA', 'La', 'RGBa'  # PIL's modes that are not grey, RGB or RGBA
 
 def _array(x):

@@ -1,5 +1,6 @@
 """The pictures of a run: what is drawn, what is saved, and that looking leaves the Learner as it was"""
 import os
+import random
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -486,6 +487,16 @@ def test_training_goes_on_the_same():
         learn.fit(1)
         res.append(torch.cat([p.detach().flatten() for p in learn.model.parameters()]))
     assert torch.equal(*res)
+
+
+@pytest.mark.parametrize('ds_idx', [0, 1])
+def test_random_states_and_loaders_stay(ds_idx):
+    learn = learner()
+    def randomness(): return (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(),
+                              [(dl.rng.getstate(), dl.epoch, dl.n_new) for dl in learn.dls.loaders])
+    before = randomness()
+    plot_misclassified(learn, 2, ds_idx)
+    assert randomness() == before
 
 
 def test_put_back_after_an_error():
