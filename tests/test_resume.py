@@ -394,7 +394,7 @@ def test_killed_in_a_write():
     with pytest.MonkeyPatch.context() as mp:
         mp.setattr(kill, 'KINDS', kinds)
         mp.setenv('OMP_NUM_THREADS', '1')
-        found = list(kill.trials(1, epochs=2, bs=250, seed=0, variants=kill.VARIANTS[:1]))
+        found = list(kill.trials(1, epochs=2, bs=250, seed=0, variants=[{**kill.VARIANTS[0], 'n-channels': 4}]))
     assert [o['same'] for o in found] == [True] and [o['kind'] for o in found] == list(kinds)
 
 
@@ -408,12 +408,12 @@ def test_killed_six_times(monkeypatch):
 
 @pytest.mark.parametrize('augment', ['item', 'batch'])
 def test_workers_and_processes_give_the_same_hash(tmp_path, augment):
-    assert len({run_hash(tmp_path/str(w), augment=augment, workers=w, epochs=1, bs=500, compute='plain') for w in (0, 1, 2)}) == 1
+    assert len({run_hash(tmp_path/str(w), augment=augment, workers=w, epochs=1, bs=500, compute='plain', **{'n-channels': 4}) for w in (0, 1, 2)}) == 1
 
 
 def test_deterministic_is_told_and_changes_nothing_on_a_cpu(tmp_path):
-    a = run_hash(tmp_path/'a', epochs=1, bs=500)
-    done = subprocess.run(kill.command('--data', 'sample', '--epochs', 1, '--bs', 500, '--deterministic', '--out', tmp_path/'b'), capture_output=True, text=True)
+    a = run_hash(tmp_path/'a', epochs=1, bs=500, **{'n-channels': 4})
+    done = subprocess.run(kill.command('--data', 'sample', '--epochs', 1, '--bs', 500, '--n-channels', 4, '--deterministic', '--out', tmp_path/'b'), capture_output=True, text=True)
     assert done.returncode == 0 and kill.fingerprint(tmp_path/'b') == a, done.stderr
     assert '"deterministic": true' in (tmp_path/'b'/'recipe.json').read_text()
 
@@ -421,7 +421,7 @@ def test_deterministic_is_told_and_changes_nothing_on_a_cpu(tmp_path):
 @pytest.mark.parametrize('num, code', [('SIGINT', 130), ('SIGTERM', 143)])
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_signal_ends_the_command_in_good_order(tmp_path, num, code, workers):
-    args = '--data', 'sample', '--epochs', 40, '--bs', 100, '--workers', workers, '--out', tmp_path/'run'
+    args = '--data', 'sample', '--epochs', 40, '--bs', 100, '--n-channels', 4, '--workers', workers, '--out', tmp_path/'run'
     p = subprocess.Popen(kill.command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert any('epoch   1' in ln for ln in p.stdout)
     os.killpg(p.pid, getattr(signal, num)) if num == 'SIGINT' else p.send_signal(getattr(signal, num))  # a terminal's Ctrl-C goes to the workers too

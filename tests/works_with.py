@@ -368,17 +368,18 @@ def check_summary(learner, tmp):
 
 @check('interpretation')
 def check_interpretation(learner, tmp):
-    "`misclassified`: the wrong validation items and how sure the network was, as by hand, one item at a time"
+    "`misclassified`: the wrong validation items and how sure the network was, as by hand from the outputs of the model"
     learn = new(learner)
     learn.fit(1, cbs=[])
     df = misclassified(learn)
-    dl, want = learn.dls.valid.new(shuffle=False, bs=1), {}
-    vocab = {'Net': CLASSES, 'siamese': ['False', 'True'], 'tabular': classes[:3]}.get(learner, classes)
+    dl, want, names = learn.dls.valid.new(shuffle=False), {}, {'Net': CLASSES, 'siamese': ['False', 'True'], 'tabular': classes[:3]}.get(learner, classes)
+    items = iter([*dl.get_idxs()])  # text loaders sort by length
     learn.model.eval()
-    for i, (*x, y) in zip([*dl.get_idxs()], dl):
-        with torch.no_grad(): probs = first(learn.model(*x)).softmax(1)[0]
-        at = probs.argmax().item()
-        if at != y.item(): want[i] = vocab[y.item()], vocab[at], probs[at].item()
+    for *x, y in dl:
+        with torch.no_grad(): probs = first(learn.model(*x)).softmax(1)
+        for i, row, true in zip(items, probs.tolist(), y.flatten().tolist()):
+            at = max(range(len(row)), key=row.__getitem__)
+            if at != true: want[i] = names[true], names[at], row[at]
     assert want and len(df) == len(want) and df.prob.is_monotonic_decreasing
     for row in df.itertuples():
         true, predicted, prob = want[row.index]
