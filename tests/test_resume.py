@@ -200,7 +200,9 @@ def between(learn):
     (lambda: [ReduceLROnPlateau(patience=1, factor=2)], fit3)],
     ids=['mixup', 'cutmix', 'accumulation', 'all generators', 'scaler and average', 'one cycle', 'early stopping', 'plateau'])
 def test_what_fastai_offers_is_taken_up_too(tmp_path, cbs, fit):
-    def make(run_dir, **kwargs): return plain_learner(run_dir, cbs=cbs(), **kwargs)
+    own = 'none' if any(isinstance(cb, ReduceLROnPlateau) for cb in cbs()) else 'step'  # of two schedules one would be ignored
+    recipe = get_recipe(n_channels=4, sched=own, compute='plain')
+    def make(run_dir, **kwargs): return plain_learner(run_dir, cbs=cbs(), recipe=recipe, **kwargs)
     check(tmp_path, [(0, 0, True, 2), (0, 1, True, 1), (0, 1, False, 0)], make, fit, save_every=1)
 
 
