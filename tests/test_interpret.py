@@ -20,7 +20,6 @@ from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFl
 from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
 from fastai.vision.data import ImageBlock, MaskBlock, PointBlock
 from fastcore.basics import noop
-from fasttransform import Transform
 from PIL import Image
 from torch import nn
 from torch.nn import functional as F
@@ -367,7 +366,7 @@ class Never(nn.Module):
 def test_other_targets_are_refused_at_once(target, get_y, model, loss, found):
     "And the advice works"
     learn = block_learner(target, get_y, loss_func=loss)
-    net, learn.model = learn.model, Never()
+    learn.model = Never()
     for f in (misclassified, plot_misclassified):
         with pytest.raises(ValueError, match=rf'the target of an item is torch.{found}: misclassified takes .*with_loss=True'): f(learn)
     learn.model = nn.Sequential(nn.Flatten(), model) if model else nn.Conv2d(3, 2, 1)
