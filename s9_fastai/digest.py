@@ -15,7 +15,7 @@ from PIL import Image
 from fastcore.foundation import L
 
 from .changed import FitChanges
-from .generators import load_random_state, random_state
+from .generators import random_kept
 
 # %% ../nbs/05_digest.ipynb #e50bc360
 def _content(o):
@@ -94,11 +94,9 @@ def data_digest(
     dataset = getattr(dl, 'dataset', None)
     n = _n(dataset)
     if not n or not hasattr(dataset, '__getitem__'): return f'{n} items' if n is not None else 'a stream'
-    roots, state = {'dataset': dataset}, random_state()
-    before = FitChanges(roots)
-    try: seen = _decoded(dataset, n)
+    before = FitChanges({'dataset': dataset})
+    try:
+        with random_kept(): seen = _decoded(dataset, n)
     except Exception: seen = None  # whatever somebody's data set raises, it does so in training too
-    finally:
-        load_random_state(state)
-        before.undo()
+    finally: before.undo()
     return f'{n} items, {digest(_items(dataset), seen)}'

@@ -21,7 +21,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .files import replacing
-from .kept import kept, random_kept
+from .generators import random_kept
+from .kept import kept
 
 # %% ../nbs/09_interpret.ipynb #a7c77e77
 class Picture(Figure):
@@ -122,8 +123,7 @@ def untouched(
 ):
     "Put back what the block sets in `learn`, its callbacks, its loaders and its model's layers, and the random state"
     parts = [learn, *learn.cbs, *learn.dls.loaders, *learn.model.modules()]
-    devices = {p.device for p in learn.model.parameters() if p.is_cuda}
-    with random_kept(devices), kept([o for o in parts if hasattr(o, '__dict__')]): yield
+    with random_kept(), kept([o for o in parts if hasattr(o, '__dict__')]): yield
 
 # %% ../nbs/09_interpret.ipynb #773cf636
 def _class_namer(dls):

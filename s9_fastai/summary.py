@@ -29,7 +29,8 @@ from torch.utils import data
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from .field import Span, output_field, windows
-from .kept import kept, random_kept
+from .generators import random_kept
+from .kept import kept
 
 # %% ../nbs/05_summary.ipynb #2e73f1e3
 def _counter():
@@ -157,8 +158,7 @@ def _eval_mode(model):
     "`model` in `eval` mode; afterwards its modules, buffers and the random state are as before"
     modes = [(m, m.training) for m in model.modules()]
     buffers = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
-    devices = {o.device for o in chain(model.parameters(), model.buffers()) if o.is_cuda}
-    with random_kept(devices), torch.no_grad():
+    with random_kept(), torch.no_grad():
         try:
             with kept(model.modules()): yield model.eval()
         finally:
