@@ -111,7 +111,7 @@ def _is_image(o): return isinstance(o, Image.Image) or isinstance(o, np.ndarray)
 class AlbumentationsTransform(KeyedTransform, ItemTransform):
     "Albumentations: `train` on training items, `valid` on all others, drawn afresh for each image in each epoch"
     split_idx, order = None, 2  # after Resize (1), before ToTensor (5)
-    not_saved = ('rng', 'is_compared')  # begins afresh with each item
+    not_saved = ('rng', 'train', 'valid', 'is_compared')  # the draws begin afresh with each item
     is_compared = False  # was a training image compared with the same image in validation?
 
     def __init__(self,

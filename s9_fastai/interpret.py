@@ -7,16 +7,21 @@ __all__ = ['Picture', 'save_picture', 'read_history', 'plot_curves', 'untouched'
 
 # %% ../nbs/09_interpret.ipynb #e8eb7333
 import math
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from io import BytesIO
 from pathlib import Path
 
-import numpy as np, pandas as pd
+import PIL.Image
+import numpy as np, pandas as pd, torch
+from fastai.data.load import DataLoader
 from fastai.learner import Learner
+from fastcore.basics import first
+from fastcore.foundation import CollBase
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from .files import replacing
+from .kept import kept, random_kept
 
 # %% ../nbs/09_interpret.ipynb #a7c77e77
 class Picture(Figure):
@@ -78,23 +83,36 @@ def _tidy(ax, title, df):
     ax.spines[['top', 'right']].set_visible(False)
     ax.grid(alpha=0.25, lw=0.6)
 
+# %% ../nbs/09_interpret.ipynb #c8bcf2ed
+def _draw_rates(ax, df, lrs):
+    "The learning rate of each batch, where the batch ended, or else of each epoch"
+    style, begin = dict(color=_grey, lw=1.6, ms=8), df.epoch.iloc[0] - 1
+    if lrs is None: ax.step(df.epoch, df.lr, '-' if len(df) > 1 else '.', where='mid', **style)
+    else:
+        n = len(lrs)
+        if not n or n%len(df):
+            raise ValueError(f'lrs has {n} rates for {len(df)} epochs: give one for each batch of all epochs, or none')
+        ax.plot(begin + np.arange(1, n + 1)*len(df)/n, lrs, '-' if n > 1 else '.', **style)
+        ax.set_xlim(left=begin - 0.5)
+    ax.set_ylim(bottom=0)
+
 # %% ../nbs/09_interpret.ipynb #709dafc9
 def plot_curves(
     history, # Path of a `history.csv`, or a DataFrame with the same columns
     path=None, # PNG file to write; None: none is written
+    lrs:list=None, # Learning rate of each batch in `history`, as `learn.recorder.lrs`; None: the rates in `history`
 )->Figure: # 10 x 3.3 inches
     "Loss, accuracy and learning rate of `history`, saved to `path`; errors as `read_history` and `save_picture`"
     df = read_history(history)
     fig = Picture(figsize=(10, 3.3), dpi=100, layout='constrained')
     loss, acc, lr = fig.subplots(1, 3)
+    for ax, title in ((loss, 'loss'), (acc, 'accuracy in %'), (lr, 'learning rate')): _tidy(ax, title, df)
     _draw_pair(loss, df, 'loss')
     _draw_pair(acc, df, 'accuracy', 100)
     _draw_end(acc, df)
-    lr.step(df.epoch, df.lr, '-' if len(df) > 1 else '.', where='mid', color=_grey, lw=1.6, ms=8)
-    lr.set_ylim(bottom=0)
+    _draw_rates(lr, df, lrs)
     # above the panels, where no curve is
     fig.legend(*acc.get_legend_handles_labels(), loc='outside upper center', ncols=3, frameon=False)
-    for ax, title in ((loss, 'loss'), (acc, 'accuracy in %'), (lr, 'learning rate')): _tidy(ax, title, df)
     return save_picture(fig, path)
 
 # %% ../nbs/09_interpret.ipynb #488b1955
@@ -102,75 +120,142 @@ def plot_curves(
 def untouched(
     learn:Learner, # Any Learner that is not in the middle of a `fit`
 ):
-    "Put back what the block sets in `learn`, in its callbacks and in the layers of its model"
-    saved = [(o, dict(vars(o))) for o in (learn, *learn.cbs, *learn.model.modules())]
-    try: yield
-    finally:
-        for o, attrs in saved:
-            vars(o).clear()
-            vars(o).update(attrs)
+    "Put back what the block sets in `learn`, its callbacks, its loaders and its model's layers, and the random state"
+    parts = [learn, *learn.cbs, *learn.dls.loaders, *learn.model.modules()]
+    devices = {p.device for p in learn.model.parameters() if p.is_cuda}
+    with random_kept(devices), kept([o for o in parts if hasattr(o, '__dict__')]): yield
+
+# %% ../nbs/09_interpret.ipynb #773cf636
+def _class_namer(dls):
+    "From the number of a class to its name: the number itself where there is no name"
+    vocab = getattr(dls, 'vocab', None)
+    names = [] if vocab is None else list(vocab)
+    if names and isinstance(names[-1], (list, CollBase, np.ndarray)): names = list(names[-1])  # texts: tokens, classes
+    return lambda i: names[i] if 0 <= i < len(names) else int(i)
+
+def _check_targets(learn, dl):
+    "ValueError where an item of `dl` has no target, or one that is not the number of a class"
+    b = first(dl.new(bs=1, num_workers=0))
+    if b is None: raise ValueError('the set has no items: choose the other with ds_idx')
+    ys = b[getattr(learn.dls, 'n_inp', max(1, len(b) - 1)):]
+    if [(isinstance(y, torch.Tensor) and y.numel() == 1 and not y.is_floating_point()) for y in ys] == [True]: return
+    found = ' and '.join(f'{y.dtype} {tuple(y.shape[1:])}' if isinstance(y, torch.Tensor) else str(type(y)) for y in ys)
+    raise ValueError(f'the target of an item is {found or "missing"}: misclassified takes the number of one class; of '
+                     'others learn.get_preds(with_loss=True) gives outputs, targets and losses')
+
+def _predictions(learn, dl):
+    "Probabilities (N, classes), targets (N,) and predicted classes (N,) of all items"
+    probs, targs, preds = learn.get_preds(dl=dl, with_decoded=True)
+    if not hasattr(learn.loss_func, 'activation'): probs = probs.softmax(-1)  # a loss of torch: the outputs are logits
+    if not hasattr(learn.loss_func, 'decodes'): preds = probs.argmax(-1)
+    if probs.ndim != 2 or preds.shape != probs.shape[:1]:
+        raise ValueError(f'the outputs are {tuple(probs.shape)}: misclassified takes one for each class, (N, classes)')
+    return probs.float().numpy(), targs.flatten().numpy(), preds.numpy()
 
 # %% ../nbs/09_interpret.ipynb #c255bdd2
 def misclassified(
-    learn:Learner, # Its data has the classes in `dls.vocab`
-    ds_idx:int=1, # 0: the training images, without augmentation; 1: the validation images
+    learn:Learner, # Its targets are one class each; named in `dls.vocab`, or else numbers
+    ds_idx:int=1, # 0: the training items, without augmentation; 1: the validation items
 )->pd.DataFrame: # A row a mistake: index in that set, true, predicted, prob (0 to 1)
-    "The wrong predictions of `learn` on set `ds_idx`, the surest first; ValueError if there is no such set"
+    "The wrong predictions of `learn` on set `ds_idx`, the surest first; ValueError for other targets or no such set"
     n = len(learn.dls.loaders)
     if ds_idx not in range(n):
         raise ValueError(f'ds_idx is {ds_idx!r}, but must be from 0 to {n - 1}: 0 is training, 1 validation')
-    dl = learn.dls[ds_idx].new(shuffle=False, drop_last=False)
-    with untouched(learn), dl.dataset.set_split_idx(1):  # 1: as for validation, so nothing is augmented
-        probs, targs, preds = (o.numpy() for o in learn.get_preds(dl=dl, with_decoded=True))  # (N, classes), (N,), (N,)
-    idx = np.flatnonzero(preds != targs)  # (mistakes,)
-    vocab = np.array(learn.dls.vocab)
-    df = pd.DataFrame(dict(index=idx, true=vocab[targs[idx]], predicted=vocab[preds[idx]],
+    if not isinstance(learn.dls[ds_idx], DataLoader):
+        raise TypeError(f'the loader is {type(learn.dls[ds_idx]).__name__}, but must be a DataLoader of fastai')
+    with untouched(learn):
+        dl = learn.dls[ds_idx].new(shuffle=False, drop_last=False)
+        plain = getattr(dl.dataset, 'set_split_idx', lambda i: nullcontext())  # 1: as for validation, not augmented
+        with plain(1):
+            _check_targets(learn, dl)
+            probs, targs, preds = _predictions(learn, dl)
+    idx, name = np.flatnonzero(preds != targs), _class_namer(learn.dls)  # (mistakes,)
+    df = pd.DataFrame(dict(index=idx, true=[name(i) for i in targs[idx]], predicted=[name(i) for i in preds[idx]],
                            prob=probs[idx, preds[idx]]))
     return df.sort_values('prob', ascending=False, kind='stable', ignore_index=True)
 
-# %% ../nbs/09_interpret.ipynb #3395b1d1
-# Inches: a place in the grid, an image (4 x 32 pixels at 100 dpi), the headline
-_cell, _side, _head = (1.7, 1.74), 1.28, 0.4
+# %% ../nbs/09_interpret.ipynb #dd2d68fd
+_coded = 'P', 'PA', 'CMYK', 'YCbCr', 'LAB', 'HSV', 'LA', 'La', 'RGBa'  # PIL's modes that are not grey, RGB or RGBA
 
-def _headed(cols, rows, text):
+def _array(x):
+    "The image `x` as (H, W) or (H, W, channels); None for what is no image"
+    if isinstance(x, PIL.Image.Image): x = np.asarray(x.convert('RGB') if x.mode in _coded else x)
+    elif isinstance(x, torch.Tensor):
+        x = x.detach().cpu()
+        x = (x.float() if x.is_floating_point() else x).numpy()  # numpy has no bfloat16
+        if x.ndim == 3: x = x.transpose(1, 2, 0)
+    if not isinstance(x, np.ndarray) or x.ndim not in (2, 3) or x.dtype.kind not in 'buif': return None
+    if x.ndim == 3 and x.shape[-1] == 1: x = x[..., 0]
+    return x if x.ndim == 2 or x.shape[-1] in (3, 4) else None
+
+def _item_image(dset, i):
+    "The image of item `i` for `imshow`: uint8, or from 0 to 1; TypeError where there is none"
+    try: o = dset[i][0]
+    except (LookupError, TypeError): o = None  # rows of a table
+    x = _array(o)
+    if x is None:
+        raise TypeError(f'item {i} is {type(o).__name__} {getattr(o, "shape", "")}, but must be an image (H, W), '
+                        '(H, W, 3) or a tensor (C, H, W); misclassified(learn) gives the mistakes as a table')
+    if x.dtype == np.uint8: return x
+    low, high = (0, 65535) if x.dtype == np.uint16 else (0, 1)
+    if x.min() < low or x.max() > high: low, high = x.min(), x.max()
+    return ((x.astype(np.float64) - low)/max(high - low, 1e-12)).clip(0, 1)
+
+# %% ../nbs/09_interpret.ipynb #3395b1d1
+# Inches: a place in the grid (at least so wide), an image (4 x 32 pixels at 100 dpi), the headline
+_cell, _side, _head, _size = (1.7, 1.74), 1.28, 0.4, 8.5
+
+def _shorten(name, n=32): return name if len(name) <= n else f'{name[:n//2]}…{name[-(n//2 - 1):]}'
+
+def _title(o):
+    "What is written above a mistake"
+    true, predicted = (_shorten(str(nm)) for nm in (o.true, o.predicted))
+    return f'true: {true}\npredicted: {predicted} ({o.prob:.0%})'
+
+def _width(texts):
+    "Inches of a place in the grid: wide enough for the widest text"
+    fig = Figure(dpi=100)
+    pixels = [fig.text(0, 0, t, fontsize=_size, parse_math=False).get_window_extent().width for t in texts]
+    return max(_cell[0], math.ceil(max(pixels))/100 + 0.1)
+
+def _headed(cols, rows, text, width=_cell[0]):
     "An empty picture for `cols` x `rows` images with the headline `text`"
-    w, h = max(cols*_cell[0], 3.4), rows*_cell[1] + _head
+    w, h = max(cols*width, 3.4), rows*_cell[1] + _head
     fig = Picture(figsize=(w, h), dpi=100)
     fig.text(0.5, 1 - 0.22/h, text, ha='center', va='center', fontsize=10)
     return fig
 
-def _item_image(dset, i):
-    "The image of item `i`, (H, W, 3) uint8, as the data set reads it"
-    x = np.asarray(dset[i][0])
-    if x.dtype == np.uint8 and x.ndim == 3 and x.shape[-1] == 3: return x
-    raise TypeError(f'item {i} is {x.dtype} {x.shape}, but must be a uint8 image (H, W, 3); read such in the DataBlock')
-
-def _add_image(fig, place, cols, x, title):
+def _add_image(fig, place, cols, width, x, title):
     "Draw the image `x` under its `title` at `place`, counted row by row; every corner on a whole pixel"
     w, h = fig.get_size_inches()
     row, col = divmod(place, cols)
-    left = round(100*((w - cols*_cell[0])/2 + col*_cell[0] + (_cell[0] - _side)/2))/100
+    left = round(100*((w - cols*width)/2 + col*width + (width - _side)/2))/100
     low = round(100*(h - _head - (row + 1)*_cell[1]))/100 + 0.08
     ax = fig.add_axes([left/w, low/h, _side/w, _side/h])
-    ax.imshow(x, interpolation='nearest')
-    ax.set_title(title, fontsize=8.5, pad=3, linespacing=1.1)
+    fine = max(x.shape[:2]) > 100*_side  # more pixels than the picture has for it
+    white = 255 if x.dtype == np.uint8 else 1
+    ax.imshow(x, 'gray', vmin=0, vmax=white, interpolation='antialiased' if fine else 'nearest')
+    ax.set_title(title, fontsize=_size, pad=3, linespacing=1.1, parse_math=False)
+    ax.set_anchor('N')  # what is wider than high stays under its title
     ax.set_axis_off()
 
 # %% ../nbs/09_interpret.ipynb #bc405563
 def plot_misclassified(
-    learn:Learner, # Its data reads uint8 images (H, W, 3) and has the classes in `dls.vocab`
+    learn:Learner, # As for `misclassified`; its items are images
     n:int=25, # Images to show, 1 or more; fewer are shown where fewer are wrong
     ds_idx:int=1, # 0: the training images, without augmentation; 1: the validation images
     path=None, # PNG file to write; None: none is written
 )->Figure: # A nearly square grid
-    "The `n` surest mistakes of `learn` on set `ds_idx`, in `path` too; ValueError (`n`, `ds_idx`), TypeError (images)"
+    "The `n` surest mistakes of `learn` on set `ds_idx`; errors as `misclassified`, and a TypeError without images"
     if isinstance(n, bool) or not isinstance(n, int) or n < 1:
         raise ValueError(f'n is {n!r}, but must be a whole number of at least 1')
-    df, dset = misclassified(learn, ds_idx), learn.dls[ds_idx].dataset
+    df = misclassified(learn, ds_idx)
+    dset = learn.dls[ds_idx].dataset
     if df.empty: return save_picture(_headed(2, 0, f'None of {len(dset):,} images is misclassified'), path)
     top = df.head(n)
-    cols = math.ceil(math.sqrt(len(top)))
-    fig = _headed(cols, math.ceil(len(top)/cols), f'{len(top):,} of {len(df):,} mistakes, the surest first')
-    for place, o in enumerate(top.itertuples(index=False)):
-        _add_image(fig, place, cols, _item_image(dset, o.index), f'{o.true} → {o.predicted}\n({o.prob:.0%})')
+    titles = [_title(o) for o in top.itertuples(index=False)]
+    cols, width = math.ceil(math.sqrt(len(top))), _width(titles)
+    fig = _headed(cols, math.ceil(len(top)/cols), f'{len(top):,} of {len(df):,} mistakes, the surest first', width)
+    for place, (i, title) in enumerate(zip(top['index'], titles)):
+        _add_image(fig, place, cols, width, _item_image(dset, i), title)
     return save_picture(fig, path)

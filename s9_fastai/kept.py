@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['kept', 'random_kept']
 
-# %% ../nbs/00_kept.ipynb #e6e5d934
+# %% ../nbs/00_kept.ipynb #23efbac0
 import random
 from collections import OrderedDict
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ from copy import copy
 
 import numpy as np, torch
 
-# %% ../nbs/00_kept.ipynb #83fa7f43
+# %% ../nbs/00_kept.ipynb #5b103d68
 _containers = dict, OrderedDict, list, set
 
 @contextmanager
@@ -23,15 +23,16 @@ def kept(
     "Put back the attributes of `objects`, also those in dictionaries, lists and sets, and their random generators"
     attrs = [v for o in objects for v in (vars(o), *vars(o).values())]
     saved = [(d, copy(d)) for d in attrs if type(d) in _containers]
-    generators = [(g, g.get_state()) for g in attrs if isinstance(g, torch.Generator)]
+    states = [(g.set_state, g.get_state()) for g in attrs if isinstance(g, torch.Generator)]
+    states += [(g.setstate, g.getstate()) for g in attrs if isinstance(g, random.Random)]
     try: yield
     finally:
         for d, old in saved:
             d.clear()
             (d.extend if isinstance(d, list) else d.update)(old)
-        for g, state in generators: g.set_state(state)
+        for put_back, state in states: put_back(state)
 
-# %% ../nbs/00_kept.ipynb #cc367212
+# %% ../nbs/00_kept.ipynb #cf8adcba
 @contextmanager
 def random_kept(
     devices=(), # CUDA devices in use

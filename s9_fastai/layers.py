@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['fold_rows', 'FoldedBatchNorm', 'FastBatchNorm2d', 'FastDropout', 'fast_layers', 'plain_layers']
 
-# %% ../nbs/04_layers.ipynb #ff45b1ee
+# %% ../nbs/04_layers.ipynb #05e7c315
 import math
 from types import FunctionType
 
 import numpy as np, torch
 from torch import nn
+from torch.autograd import forward_ad
 from torch.fx import Proxy
 
 # %% ../nbs/04_layers.ipynb #2b212d91
@@ -72,14 +73,18 @@ class FoldedBatchNorm(torch.autograd.Function):
         fold_rows(gx).addcmul_(fold_rows(x), slope.to(x.dtype).expand(W, -1).reshape(1, W*C, 1, 1))
         return gx, gw, gb, None
 
-# %% ../nbs/04_layers.ipynb #8e8414e6
+# %% ../nbs/04_layers.ipynb #4b537899
 def _renamed(f, name): return FunctionType(f.__code__, f.__globals__, name)  # TorchScript goes by a function's name
+
+def _is_recorded(): # by torch.compile, torch.export or torch.jit.trace; or by a mode, as of make_fx and FlopCounterMode
+    return torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+
+def _is_transformed(): # by torch.func, or by derivatives in forward mode
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 def _can_be_fast(layer, x):
     "Does `layer` train on a CPU, with no tool at work that needs torch's own layer?"
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active():
-        return False
-    return layer.training and x.device.type == 'cpu'
+    return layer.training and x.device.type == 'cpu' and not (_is_recorded() or _is_transformed())
 
 def _call(layer, x):
     "The output of a fast `layer`: by `fast` where it can and `pays`, else by `plain`"
@@ -155,7 +160,7 @@ def fast_layers(
     "Give `model` the fast layers of this room, with the weights that it has"
     return _change_classes(model, _fast)
 
-# %% ../nbs/04_layers.ipynb #9f532ad8
+# %% ../nbs/04_layers.ipynb #68f42f19
 def plain_layers(
     model:nn.Module, # Any model; its fast layers become torch's, layers of other types stay
 )->nn.Module: # `model` itself

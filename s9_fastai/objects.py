@@ -100,7 +100,8 @@ def _can_follow(now, v):
     if was == will or v is None and was != 'number': return True
     return 'tensor' in (was, will) and 'dict' not in (was, will)
 
-def _is_computed(of_class): return hasattr(of_class, '__get__') and not isinstance(of_class, MemberDescriptorType)  # a slot
+def _is_computed(of_class):  # a slot is not
+    return hasattr(of_class, '__get__') and not isinstance(of_class, MemberDescriptorType)
 
 def check_value(
     o, # Any object

@@ -41,7 +41,7 @@ def _counter():
                ops._trilinear: lambda a, w, b, *_, **__: 2*a[0]*prod(w)}  # of a bilinear layer
     return FlopCounterMode(display=False, custom_mapping=mapping)
 
-# %% ../nbs/05_summary.ipynb #1f9a515d
+# %% ../nbs/05_summary.ipynb #58683f93
 _recurrent = 'lstm', 'gru', 'rnn_tanh', 'rnn_relu'
 
 def _recurrent_macs(args):
@@ -166,7 +166,7 @@ def _eval_mode(model):
             for b, version, old in buffers:
                 if b._version != version: b.copy_(old)
 
-# %% ../nbs/05_summary.ipynb #4b35e602
+# %% ../nbs/05_summary.ipynb #dc9b907a
 def _zeros(input_size, like):
     "A batch of one input of zeros, with the device and dtype of `like`"
     ok = isinstance(input_size, (tuple, list)) and input_size
@@ -192,13 +192,14 @@ def _arguments(o):
     "The positional and the named arguments of a model in the `input_data` `o`"
     if isinstance(o, torch.Tensor): return (o,), {}
     if isinstance(o, Mapping): return (), dict(o)
-    if isinstance(o, (tuple, list)): return ((o,) if hasattr(o, '_fields') else tuple(o)), {}  # a packed sequence is one
+    if hasattr(o, '_fields'): return (o,), {}  # a packed sequence is one argument
+    if isinstance(o, (tuple, list)): return tuple(o), {}
     if not isinstance(o, (DataLoaders, DataLoader, data.DataLoader)):
         raise TypeError(f'input_data is a {type(o).__name__}: give a tensor, a tuple or dict of tensors, or loaders')
     loaders = o.loaders[1::-1] if isinstance(o, DataLoaders) else [o]
     return next(filter(None, (_one_item(dl, o) for dl in loaders)), ()), {}
 
-# %% ../nbs/05_summary.ipynb #fbf5e314
+# %% ../nbs/05_summary.ipynb #89e07cd0
 def _check(model):
     "TypeError or ValueError where `model` is nothing to summarise"
     if not isinstance(model, nn.Module):

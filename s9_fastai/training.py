@@ -161,7 +161,7 @@ def finish(
     with TemporaryDirectory() as tmp:
         tmp = Path(tmp)
         save_weights(learn.model, tmp/'weights.safetensors', recipe=json.dumps(asdict(learn.recipe)))
-        plot_curves(run_dir/'history.csv', tmp/'curves.png')
+        plot_curves(run_dir/'history.csv', tmp/'curves.png', learn.recorder.lrs)
         with learn.no_bar(): plot_misclassified(learn, path=tmp/'misclassified.png')
         return [f.name for f in sorted(tmp.iterdir()) if replace_changed(f, run_dir/f.name)]
 

@@ -1,7 +1,9 @@
 """The pictures of a run: what is drawn, what is saved, and that looking leaves the Learner as it was"""
 import os
+import random
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -10,10 +12,17 @@ import pytest
 import torch
 from fastai.callback.progress import ProgressCallback
 from fastai.callback.tracker import SaveModelCallback
+from fastai.data.block import CategoryBlock, DataBlock, MultiCategoryBlock, RegressionBlock
+from fastai.data.core import DataLoaders
+from fastai.data.transforms import IndexSplitter
+from fastai.learner import Learner
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, MSELossFlat
+from fastai.tabular.all import Categorify, Normalize, TabularDataLoaders, tabular_learner
+from fastai.vision.data import ImageBlock, MaskBlock, PointBlock
 from fastcore.basics import noop
-from fasttransform import Transform
 from PIL import Image
 from torch import nn
+from torch.nn import functional as F
 
 from s9_fastai.cifar import CLASSES, MEAN, STD, Cifar10, Split
 from s9_fastai.data import cifar_block
@@ -84,6 +93,35 @@ def test_curves_of_any_length(n, tmp_path):
     fig = plot_curves(history(n), tmp_path/'c.png')
     for ax in fig.axes: assert all(t == int(t) for t in ax.get_xticks())
     assert Image.open(tmp_path/'c.png').size == (1000, 330)
+
+
+@pytest.mark.parametrize('epochs,per_epoch', [(1, 1), (1, 40), (3, 7), (100, 390)])
+def test_curves_of_rates_by_batch(epochs, per_epoch):
+    "Each at the end of its batch; the last one of an epoch is over the epoch's dot"
+    lrs = np.random.default_rng(0).random(epochs*per_epoch)/5
+    ax = plot_curves(history(epochs), lrs=list(lrs)).axes[2]
+    x, y = ax.lines[0].get_xydata().T
+    np.testing.assert_array_equal(y, lrs)
+    np.testing.assert_allclose(x[per_epoch - 1::per_epoch], range(1, epochs + 1))
+    np.testing.assert_allclose(np.diff(x), 1/per_epoch)
+    low, high = ax.get_xlim()
+    assert low < x[0] and x[-1] < high and ax.get_ylim()[0] == 0 and lrs.max() < ax.get_ylim()[1] < 1.2*lrs.max()
+
+
+@pytest.mark.parametrize('n', [0, 5, 7])
+def test_rates_that_do_not_fit_the_epochs(n):
+    with pytest.raises(ValueError, match=f'lrs has {n} rates for 3 epochs'): plot_curves(history(3), lrs=[.1]*n)
+
+
+def test_rates_of_a_learner(tmp_path):
+    "Also of a run that was resumed, which the table of its history begins with"
+    learn = learner(tmp_path)
+    learn.fit(2)
+    longer = learner(tmp_path)
+    longer.fit(3)
+    for o, n in ((learn, 2), (longer, 3)):
+        ax = plot_curves(pd.read_csv(tmp_path/'history.csv')[:n], lrs=o.recorder.lrs).axes[2]
+        np.testing.assert_allclose(ax.lines[0].get_xdata(), np.arange(1, 3*n + 1)/3)
 
 
 def test_one_epoch_is_visible():
@@ -235,13 +273,14 @@ def test_grid_titles():
     learn = oracle(1)
     df = misclassified(learn)
     titles = [ax.get_title() for ax in plot_misclassified(learn, 3).axes]
-    assert titles == [f'{o.true} → {o.predicted}\n({round(100*o.prob)}%)' for o in df[:3].itertuples()]
+    assert titles == [f'true: {o.true}\npredicted: {o.predicted} ({round(100*o.prob)}%)' for o in df[:3].itertuples()]
 
 
 @pytest.mark.parametrize('n', [1, 3, 25])
-def test_grid_text_is_apart(n):
+@pytest.mark.parametrize('name', ['automobile', 'soft-coated_wheaten_terrier', 'W'*100, 'costs $5 and $6_a'])
+def test_grid_text_is_apart(name, n):
     learn = oracle(1)
-    learn.dls.vocab.items[:] = ['automobile']*10  # the widest
+    learn.dls.vocab.items[:] = [name]*10
     fig = plot_misclassified(learn, n)
     fig.draw_without_rendering()
     drawn = [fig.texts[0]] + [o for ax in fig.axes for o in (ax.title, ax.patch)]
@@ -269,10 +308,145 @@ def test_bad_ds_idx(ds_idx):
     with pytest.raises(ValueError, match='ds_idx is .*from 0 to 1'): misclassified(learner(), ds_idx)
 
 
-def test_images_of_another_kind():
-    learn = oracle(1)
-    learn.dls.valid_ds.tls[0].tfms.add([Transform(lambda x: np.array(x)/255)])
-    with pytest.raises(TypeError, match='float64.*must be a uint8 image'): plot_misclassified(learn)
+ramp = np.arange(40*60).reshape(40, 60)  # as an image: from black to white
+colours = np.stack([ramp, ramp[::-1], ramp[:, ::-1]], -1)/2399
+
+
+def plot_one(x, monkeypatch):
+    "The picture of a data set with one item, which is misclassified"
+    mistake = dict(index=[0], true=['a'], predicted=['b'], prob=[.5])
+    monkeypatch.setattr('s9_fastai.interpret.misclassified', lambda *_: pd.DataFrame(mistake))
+    return plot_misclassified(SimpleNamespace(dls=[None, SimpleNamespace(dataset=[(x, 0)])]))
+
+
+@pytest.mark.parametrize('x,want', [
+    (Image.fromarray((ramp//10).astype(np.uint8)), ramp//10/255), ((ramp//10).astype(np.uint8)[..., None], ramp//10/255),
+    (Image.fromarray((ramp*20).astype(np.uint16)), ramp*20/65535), (ramp > 99, ramp > 99), (ramp, ramp/2399),
+    (colours, colours), (colours.astype(np.float32)*4 - 2, colours), (torch.from_numpy(colours).permute(2, 0, 1), colours),
+    (torch.from_numpy(colours).permute(2, 0, 1).bfloat16()*3, None), (torch.from_numpy(ramp/2399)[None], ramp/2399),
+    (Image.fromarray((255*colours).astype(np.uint8)).convert('CMYK'), None), (np.zeros((4, 4)), np.zeros((4, 4))),
+    (Image.fromarray(np.uint8([[0, 1]])).convert('P'), None), (np.zeros((600, 400, 4), np.uint8), np.zeros((600, 400, 4)))], ids=str)
+def test_images_of_any_kind(x, want, monkeypatch):
+    "Drawn from 0 to 1, black to white"
+    ax = plot_one(x, monkeypatch).axes[0].images[0]
+    got, (low, high) = np.asarray(ax.get_array(), dtype=float), ax.get_clim()
+    assert (low, high) == (0, 255 if ax.get_array().dtype == np.uint8 else 1)
+    if want is not None: np.testing.assert_allclose(got/high, want, atol=1e-6)
+
+
+@pytest.mark.parametrize('x', ['text', None, torch.zeros(20), np.zeros((2, 8, 8, 3)), np.zeros((8, 8), complex), np.zeros((8, 8, 5))], ids=str)
+def test_items_that_are_no_images(x, monkeypatch):
+    with pytest.raises(TypeError, match='item 0 is .* must be an image .*misclassified.learn. gives'): plot_one(x, monkeypatch)
+
+
+# other data
+
+images = np.random.default_rng(0).integers(0, 255, (24, 16, 20, 3), dtype=np.uint8)
+
+
+def block_learner(target, get_y, n_out=3, **kwargs):
+    "A small convolutional Learner on 12 validation images of a plain `DataBlock`"
+    torch.manual_seed(0)
+    block = DataBlock((ImageBlock, target), get_x=lambda i: images[i], get_y=get_y, splitter=IndexSplitter(range(12)))
+    dls = block.dataloaders(range(24), bs=5, num_workers=0, device='cpu')
+    learn = Learner(dls, nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, n_out)), **kwargs)
+    learn.remove_cb(learn.progress)
+    return learn
+
+
+class Never(nn.Module):
+    def forward(self, x): raise AssertionError('predicted')
+
+
+@pytest.mark.parametrize('target,get_y,model,loss,found', [
+    (MultiCategoryBlock, lambda i: ['ab', 'b', 'c'][i%3], nn.LazyLinear(3), BCEWithLogitsLossFlat(), r'float32 \(3,\)'),
+    (RegressionBlock, lambda i: float(i), nn.LazyLinear(1), MSELossFlat(), r'float32 \(\)'),
+    (PointBlock, lambda i: torch.tensor([[1., 2.], [3., 4.]]), nn.LazyLinear(4), MSELossFlat(), r'float32 \(2, 2\)'),
+    (MaskBlock(codes=['a', 'b']), lambda i: images[i, ..., 0]//128, None, CrossEntropyLossFlat(axis=1), r'int64 \(16, 20\)')], ids=['labels', 'number', 'points', 'mask'])
+def test_other_targets_are_refused_at_once(target, get_y, model, loss, found):
+    "And the advice works"
+    learn = block_learner(target, get_y, loss_func=loss)
+    learn.model = Never()
+    for f in (misclassified, plot_misclassified):
+        with pytest.raises(ValueError, match=rf'the target of an item is torch.{found}: misclassified takes .*with_loss=True'): f(learn)
+    learn.model = nn.Sequential(nn.Flatten(), model) if model else nn.Conv2d(3, 2, 1)
+    assert [len(o) for o in learn.get_preds(with_loss=True)] == [12]*3
+
+
+def by_hand(learn, name):
+    "The mistakes of the validation images, one by one"
+    rows = []
+    for i in range(12):
+        x = torch.from_numpy(images[i]).permute(2, 0, 1)[None].float()/255
+        with torch.no_grad(): probs = learn.model.eval()(x)[0].softmax(0)
+        if probs.argmax() != i%3: rows.append((i, name(i%3), name(int(probs.argmax())), probs.max().item()))
+    return sorted(rows, key=lambda o: -o[-1])
+
+
+def same_mistakes(got, want):
+    got = list(got.itertuples(index=False, name=None))
+    assert [o[:3] for o in got] == [o[:3] for o in want] and len(got) > 5
+    np.testing.assert_allclose([o[3] for o in got], [o[3] for o in want], rtol=1e-5)
+
+
+@pytest.mark.parametrize('names,n_out,loss', [
+    (['x', 'y', 'z'], 3, None), ([1, 2, 3], 3, None), ([.5, 1.5, 2.5], 3, None),
+    (['x', 'y', 'z'], 5, None), (['x', 'y', 'z'], 3, nn.CrossEntropyLoss()), (['x', 'y', 'z'], 3, F.cross_entropy)])
+def test_classes_of_any_kind(names, n_out, loss):
+    "Losses of torch have no activation; a class beyond the names is a number"
+    learn = block_learner(CategoryBlock(vocab=names, sort=False), lambda i: names[i%3], n_out, loss_func=loss)
+    same_mistakes(misclassified(learn), by_hand(learn, lambda k: names[k] if k < len(names) else k))
+
+
+def test_classes_without_names():
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float()/255
+    items = [(o, torch.tensor(i%3)) for i, o in enumerate(x)]
+    learn = block_learner(CategoryBlock, lambda i: i%3)
+    learn.dls = DataLoaders.from_dsets(items[12:], items[:12], bs=5, num_workers=0, device='cpu')
+    assert not hasattr(learn.dls, 'vocab')
+    same_mistakes(misclassified(learn), by_hand(learn, int))
+
+
+def test_one_class():
+    assert misclassified(block_learner(CategoryBlock, lambda i: 'a', 1)).empty
+
+
+def test_one_output_for_two_classes():
+    learn = block_learner(CategoryBlock, lambda i: i%2, 1, loss_func=BCEWithLogitsLossFlat())
+    with pytest.raises(ValueError, match=r'the outputs are \(12, 1\): misclassified takes one for each class'): misclassified(learn)
+
+
+def test_no_items_and_other_loaders():
+    learn = block_learner(CategoryBlock, lambda i: i%3)
+    learn.dls.loaders[1] = learn.dls.valid.new([])
+    with pytest.raises(ValueError, match='no items: choose the other with ds_idx'): misclassified(learn)
+    assert len(misclassified(learn, 0)) > 0
+    learn.dls.loaders[1] = [(torch.zeros(1), torch.zeros(1))]
+    with pytest.raises(TypeError, match='the loader is list, but must be a DataLoader of fastai'): misclassified(learn)
+
+
+def test_tabular():
+    y = ['u', 'v']*20
+    df = pd.DataFrame(dict(a=np.arange(40.), y=y))
+    dls = TabularDataLoaders.from_df(df, y_names='y', cont_names=['a'], procs=[Categorify, Normalize], bs=8, valid_idx=range(5, 25))
+    learn = tabular_learner(dls, layers=[8])
+    learn.remove_cb(learn.progress)
+    got = misclassified(learn)
+    probs = learn.get_preds()[0]
+    assert set(got['index']) == {i for i in range(20) if 'uv'[probs[i].argmax()] != y[5 + i]} and list(got.true) == [y[5 + i] for i in got['index']]
+    with pytest.raises(TypeError, match='must be an image'): plot_misclassified(learn)
+
+
+def test_texts():
+    "Of several lengths, which the loader sorts; the index is that of the data set"
+    from fastai.text.all import AWD_LSTM, TextDataLoaders, awd_lstm_clas_config, text_classifier_learner
+    df = pd.DataFrame(dict(text=['w '*(3 + 7*i%11) for i in range(24)], label=['pos', 'neg', 'neg']*8))
+    dls = TextDataLoaders.from_df(df, text_col='text', label_col='label', bs=4, seed=0)
+    learn = text_classifier_learner(dls, AWD_LSTM, pretrained=False, config={**awd_lstm_clas_config, 'emb_sz': 8, 'n_hid': 8, 'n_layers': 1})
+    learn.remove_cb(learn.progress)
+    got = misclassified(learn, 0)
+    assert list(got.true) == [learn.dls.train_ds.items.label.iloc[i] for i in got['index']] and len(got) > 3
+    assert set(got.predicted) <= {'pos', 'neg'} and all(got.true != got.predicted)
 
 
 # looking leaves no trace
@@ -312,6 +486,16 @@ def test_training_goes_on_the_same():
         learn.fit(1)
         res.append(torch.cat([p.detach().flatten() for p in learn.model.parameters()]))
     assert torch.equal(*res)
+
+
+@pytest.mark.parametrize('ds_idx', [0, 1])
+def test_random_states_and_loaders_stay(ds_idx):
+    learn = learner()
+    def randomness(): return (random.getstate(), np.random.get_state()[1].tolist(), torch.get_rng_state().tolist(),
+                              [(dl.rng.getstate(), dl.epoch, dl.n_new) for dl in learn.dls.loaders])
+    before = randomness()
+    plot_misclassified(learn, 2, ds_idx)
+    assert randomness() == before
 
 
 def test_put_back_after_an_error():

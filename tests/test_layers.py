@@ -7,6 +7,9 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 from s9_fastai.layers import FastBatchNorm2d, FastDropout, fast_layers, plain_layers
 
@@ -205,6 +208,13 @@ def pair():
 
 def compiled(model): return torch.compile(model, backend='aot_eager')
 def traced(model): return torch.jit.trace(model, rand(8, 3, 32, 32), check_trace=False)
+def exported(model): return torch.export.export(model, (rand(8, 3, 32, 32),), strict=False).module()
+def counted(model):
+    def f(x):
+        with FlopCounterMode(display=False) as flops: y = model(x)
+        assert flops.get_total_flops() == 2*8*32*32*8*(27 + 72) + 2*8*8*10
+        return y
+    return lambda_module(f, model)
 def pickled(model): return pickle.loads(pickle.dumps(model))
 def synced(model):
     model = nn.SyncBatchNorm.convert_sync_batchnorm(model)
@@ -212,7 +222,7 @@ def synced(model):
     return nn.Sequential(model.eval())  # in training it needs a GPU
 
 
-@pytest.mark.parametrize('tool', [torch.jit.script, torch.fx.symbolic_trace, traced, compiled, nn.DataParallel, copy.deepcopy, pickled, synced],
+@pytest.mark.parametrize('tool', [torch.jit.script, torch.fx.symbolic_trace, traced, compiled, exported, counted, nn.DataParallel, copy.deepcopy, pickled, synced],
                          ids=lambda f: f.__name__)
 @pytest.mark.parametrize('training', [True, False], ids=['training', 'evaluation'])
 def test_a_tool_gives_what_it_gives_for_the_plain_layers(tool, training, always):
@@ -233,6 +243,13 @@ def test_a_recorded_model_still_changes_its_mode(tool):
     torch.testing.assert_close(again(x), a.eval()(x), rtol=1e-5, atol=1e-5)
     again.train()
     assert not torch.equal(again(x), again(x))
+
+
+def test_operations_are_recorded_as_those_of_the_plain_layers():
+    a, b = pair()
+    b.drop.p = a.drop.p = 0.5
+    targets = [[str(n.target) for n in make_fx(m)(rand(8, 3, 32, 32)).graph.nodes if n.op == 'call_function'] for m in (a, b)]
+    assert targets[0] == targets[1] and [t for t in targets[0] if 'batch_norm' in t]
 
 
 def test_a_script_is_saved_and_loaded_without_the_package(tmp_path):
@@ -258,6 +275,12 @@ def test_transforms_of_functions_go_through_torchs_layers():
     a, b = pair()
     want, got = loss(a), loss(b)
     for k, g in want.items(): torch.testing.assert_close(g, got[k])
+    tangents = []
+    for m in (a, b):
+        with forward_ad.dual_level():
+            y = m(forward_ad.make_dual(rand(8, 3, 32, 32), rand(8, 3, 32, 32, seed=1)))
+            tangents.append(forward_ad.unpack_dual(y).tangent)
+    torch.testing.assert_close(*tangents)
     drop = FastDropout(0.5)
     y = torch.func.vmap(drop, randomness='different')(torch.ones(4, 1000))
     assert y.shape == (4, 1000) and not torch.equal(y[0], y[1])

@@ -50,7 +50,8 @@ from s9_fastai.schedule import MODES, PlateauLR, TriangularLR
 import fastai.vision.learner  # how fastai lays out pictures; that the package needs no such import is a test of its own
 from s9_fastai.cifar import CLASSES, Cifar10, Split
 from s9_fastai.data import cifar_block, cifar_dls
-from s9_fastai.learner import Recipe, check_inputs, get_recipe, s9_learner
+from s9_fastai.inputs import check_inputs, n_outputs
+from s9_fastai.learner import Recipe, get_recipe, s9_learner
 from s9_fastai.record import EpochRecorder
 from s9_fastai.schedule import StepLR
 from s9_fastai.predict import main_predict, s9_predict
@@ -629,8 +630,8 @@ def test_pretrained_weights_are_of_cifars_classes(tmp_path, fault):
 def test_loaders_without_classes_are_refused():
     dls = DataLoaders(tiny_dls().train, tiny_dls().valid)
     with pytest.raises(ValueError, match='neither c nor vocab, so the number of classes cannot be told: set it, such as dls.c = 10'):
-        s9_fastai.learner.n_classes(DataLoaders([], []))
-    assert s9_fastai.learner.n_classes(dls) == 10
+        n_outputs(DataLoaders([], []))
+    assert n_outputs(dls) == 10
 
 
 noise = [  # what is wrong, the loaders, the message, and the loaders or arguments that the message advises

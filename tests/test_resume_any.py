@@ -14,20 +14,22 @@ import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger, ProgressCallback
-from fastai.data.core import DataLoaders
+from fastai.data.core import DataLoaders, Datasets, TfmdLists
 from fastai.data.load import DataLoader
 from fastai.learner import AvgMetric, Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import accuracy, error_rate
 from fastai.optimizer import Adam, OptimWrapper, SGD
-from fastai.torch_core import set_seed
+from fastai.torch_core import TensorCategory, set_seed
 from fastai.vision.augment import aug_transforms
+from fastai.vision.core import TensorImage
 from fastcore.basics import noop
-from fasttransform import Pipeline
+from fasttransform import Pipeline, Transform
 from torch import nn
 from torch.utils.data import IterableDataset, RandomSampler, TensorDataset, WeightedRandomSampler
 
 from s9_fastai.checkpoint import Checkpoint
+from s9_fastai.keyed import KeyedDL
 from s9_fastai.saved import CannotGoOn
 from s9_fastai.test_utils import synth_dls, synth_groups, synth_learner, synth_model
 
@@ -314,6 +316,25 @@ def test_the_remedies_for_what_cannot_be_kept(tmp_path):
         warnings.filterwarnings('error', message='.*cannot be saved')
         fit(lambda: synth_learner(cbs=Declared()), tmp_path/'b', 0, 1)
         fit(lambda: synth_learner(cbs=Declared()), tmp_path/'b', 0)
+
+
+class Own(Transform):
+    "Draws from a generator of its own"
+    def __init__(self): self.rng = random.Random(seed())
+    def encodes(self, x:TensorImage): return x + self.rng.random()
+
+
+@pytest.mark.parametrize('workers, kw, named', [(0, dict(every=1), False), (1, dict(), False), (1, dict(every=1), True)], ids=['none', 'whole epochs', 'within an epoch'])
+def test_a_generator_in_a_worker_process(tmp_path, workers, kw, named):
+    x = torch.rand(8, 3, 8, 8)
+    def make():
+        dsets = Datasets(tls=[TfmdLists([*range(8)], lambda i: TensorImage(x[i]), splits=[range(6), range(6, 8)]), TfmdLists([*range(8)], lambda i: TensorCategory(i), splits=[range(6), range(6, 8)])])
+        return synth_learner(DataLoaders(*(KeyedDL(o, bs=2, num_workers=workers, after_item=[Own()], seed=1) for o in (dsets.train, dsets.valid))))
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter('always')
+        fit(make, tmp_path, 0, 1, **kw)
+    found = [str(o.message) for o in found if 'cannot be saved' in str(o.message)]
+    assert [bool(found), any('after_item.fs[0].rng, in a worker process, changed' in o for o in found)] == [named]*2
 
 
 def test_lazy_layers_are_refused_with_a_remedy_that_works(tmp_path):

@@ -370,7 +370,7 @@ def test_two_inputs():
 
 
 def test_siamese_loaders():
-    from fastai.data.core import DataLoaders, Datasets
+    from fastai.data.core import Datasets
     from fastai.learner import Learner
     x = [torch.zeros(3, 8, 8)]*6
     dls = Datasets([0]*6, [[lambda i: x[0]], [lambda i: x[1]], [lambda i: 0]], n_inp=2, splits=[[0, 1, 2], [3, 4, 5]]).dataloaders(bs=2, num_workers=0)
