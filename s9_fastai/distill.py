@@ -116,8 +116,8 @@ def check_answers(
     dls, # `DataLoaders` of the one who learns
 ):
     """A ValueError where the images or classes of `dls` are not those of `answers`, and as `check_teacher` where both
-    say what their images are; a TypeError for loaders that do not tell which images are in a batch, and for targets that
-    are not one class an image"""
+    say what their images are; a TypeError for loaders that do not tell which images are in a batch, or for targets
+    that are not one class an image"""
     dl, (n, n_class) = dls.train, answers.logits.shape
     if not isinstance(dl, KeyedDL) or not all(isinstance(i, Integral) for i in dl.dataset.items):
         raise TypeError(f'{type(dl).__name__} does not tell the numbers of the images in a batch, but Distill must '

@@ -377,7 +377,7 @@ def check_interpretation(learner, tmp):
     learn.model.eval()
     for *x, y in dl:
         with torch.no_grad(): probs = first(learn.model(*x)).softmax(1)
-        for i, row, true in zip(items, probs.tolist(), y.flatten().tolist()):
+        for row, true, i in zip(probs.tolist(), y.flatten().tolist(), items):  # `items` last: zip must not take one too many
             at = max(range(len(row)), key=row.__getitem__)
             if at != true: want[i] = names[true], names[at], row[at]
     assert want and len(df) == len(want) and df.prob.is_monotonic_decreasing
