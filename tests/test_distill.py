@@ -18,7 +18,7 @@ from s9_fastai.distill import Answers, packaged_answers
 from s9_fastai.learner import get_recipe, s9_learner
 from s9_fastai.train import BadInput, s9_train
 
-options = dict(data='sample', distill=0.5, bs=250, policy='flip_crop', augment='batch', epochs=2, seed=3)
+options = dict(data='sample', recipe='stated', distill=0.5, bs=250, policy='flip_crop', augment='batch', epochs=2, seed=3)
 
 
 @pytest.fixture(scope='module')
@@ -47,7 +47,7 @@ def test_the_teacher_matters(pupil, tmp_path):
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='Windows has no SIGTERM')
 def test_stopped_in_an_epoch_it_goes_on_to_the_bit(pupil, tmp_path):
-    names = ('data', 'bs', 'policy', 'augment', 'epochs', 'seed')
+    names = ('data', 'recipe', 'bs', 'policy', 'augment', 'epochs', 'seed')
     args = [o for k in names for o in (f'--{k}', str(options[k]))]
     command = [Path(sys.executable).parent/'s9_train', *args, '--distill', '0.5', '--teacher', pupil.parent/'teacher', '--save-every', '1', '--out', tmp_path/'run']
     p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
