@@ -210,6 +210,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                  's9_fastai/checkpoint.py'),
                                       's9_fastai.checkpoint.Checkpoint.own_cbs': ( 'checkpoint.html#checkpoint.own_cbs',
                                                                                    's9_fastai/checkpoint.py'),
+                                      's9_fastai.checkpoint.Checkpoint.pass_over': ( 'checkpoint.html#checkpoint.pass_over',
+                                                                                     's9_fastai/checkpoint.py'),
                                       's9_fastai.checkpoint.Checkpoint.release': ( 'checkpoint.html#checkpoint.release',
                                                                                    's9_fastai/checkpoint.py'),
                                       's9_fastai.checkpoint.Checkpoint.restore': ( 'checkpoint.html#checkpoint.restore',

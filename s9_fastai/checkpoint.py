@@ -197,13 +197,19 @@ def check_lost(self:Checkpoint,
 
 # %% ../nbs/07_checkpoint.ipynb #a3d6fec1
 @patch
+def pass_over(self:Checkpoint,
+    state:dict, # Of a later fit
+):
+    "Put back what does not depend on the optimizer, which may be another one in the later fit"
+    with suppress(ValueError): load_model_state(self.learn.model, state['model'])
+    with suppress(ValueError): put_changes(fit_roots(self.learn, self.own_cbs()), state['changed'])
+    load_random_state(state['random'])
+
+@patch
 def restore(self:Checkpoint):
     "Put the pending state back, and let callbacks that have a method `resumed` know"
     (state, place), self.pending = self.pending, None
-    if len(state['fits']) - 1 > self.n_fits:  # the rest belongs to a later fit, which may have another optimizer
-        with suppress(ValueError): load_model_state(self.learn.model, state['model'])
-        with suppress(ValueError): put_changes(fit_roots(self.learn, self.own_cbs()), state['changed'])
-        return load_random_state(state['random'])
+    if len(state['fits']) - 1 > self.n_fits: return self.pass_over(state)
     then = state['fits'][self.n_fits]
     hypers, cbs = [dict(h) for h in self.opt.hypers], [(cb, _given(cb)) for cb in self.learn.cbs
                                                        if describe_callback(cb) not in then.values()]
