@@ -87,7 +87,7 @@ def augmentation(
     augment:str='item', # A key of `AUGMENTS`: 'item' for Albumentations, 'batch' for its twin `BatchAugment`
 )->Transform: # An item transform or a batch transform
     "The transform that does `policy`; ValueError for an unknown name, or a transform that `BatchAugment` cannot take"
-    if augment not in AUGMENTS: raise ValueError(f'augment is {augment!r}, but must be {listed([*AUGMENTS])}')
+    if augment not in [*AUGMENTS]: raise ValueError(f'augment is {augment!r}, but must be {listed([*AUGMENTS])}')
     return AUGMENTS[augment][1](get_policy(policy) if isinstance(policy, str) else policy)
 
 # %% ../nbs/05_data.ipynb #baadb4b9

@@ -50,7 +50,7 @@ def norm_layer(
     nf:int, # Channels to normalise
 )->nn.Module: # Takes and gives (B, nf, H, W)
     "The normalisation called `norm` for `nf` channels; a ValueError for any other name"
-    if norm not in NORMS: raise ValueError(f'norm is {norm!r}: choose {listed(NORMS)} normalisation')
+    if norm not in [*NORMS]: raise ValueError(f'norm is {norm!r}: choose {listed(NORMS)} normalisation')
     return NORMS[norm][1](nf)
 
 # %% ../nbs/04_net.ipynb #db78f150

@@ -36,7 +36,7 @@ def lr_setters(
     "The callbacks of `learn` that set the learning rate of every batch, `LRFinder` among them"
     return L(learn.cbs).filter(sets_rate)
 
-# %% ../nbs/06_schedule.ipynb #410b9b96
+# %% ../nbs/06_schedule.ipynb #7cafe651
 def _of_this_fit():
     "The callbacks that were handed to the `fit` under way, and leave with it"
     fit = next((frame for frame, _ in walk_stack(None) if frame.f_code is Learner.fit.__code__), None)
@@ -238,7 +238,7 @@ def lr_scheduler(
     **kwargs
 )->list: # Callbacks for a `Learner` or a `fit`; empty for 'none'
     "The callbacks of `mode`; a ValueError if `mode` or a value for one of the schedules is not allowed"
-    if mode not in MODES: raise ValueError(f"mode is {mode!r}: it names a schedule; give {listed([*MODES])}")
+    if mode not in [*MODES]: raise ValueError(f"mode is {mode!r}: it names a schedule; give {listed([*MODES])}")
     if mode != 'step' and (more := {*kwargs} - {'step_size', 'gamma'}):  # which a recipe has whatever its schedule is
         raise ValueError(f"{min(more)} is {kwargs[min(more)]!r}, but mode is {mode!r}: give it with mode 'step' only")
     step, triangle = StepLR(**kwargs), TriangularLR(rise)  # check the values, and are the only home of their defaults

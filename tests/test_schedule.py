@@ -501,6 +501,7 @@ def test_whole_epochs_only(kwargs):
 
 def test_bad_modes():
     with pytest.raises(ValueError, match="mode is 'cosine': .* 'step', 'triangle', 'plateau' or 'none'"): lr_scheduler('cosine')
+    with pytest.raises(ValueError, match='mode is .*step.*: it names a schedule'): lr_scheduler(['step'])
     with pytest.raises(ValueError, match='patience is 0: it counts whole epochs'): lr_scheduler('plateau', patience=0)
     with pytest.raises(ValueError, match='gamma is 1.0: .* below 1'): lr_scheduler('plateau', gamma=1.)
     for mode in MODES:
