@@ -116,7 +116,9 @@ def _values(o, n=2**10):
 
 def _bytes_of(o):
     "What is to be hashed of a value without parts"
-    if isinstance(o, torch.Tensor): return f'{o.dtype}{tuple(o.shape)}{o._version}'.encode() + _values(o)
+    if isinstance(o, torch.Tensor):
+        version = None if o.is_inference() else o._version  # a tensor of inference_mode has no count
+        return f'{o.dtype}{tuple(o.shape)}{version}'.encode() + _values(o)
     if isinstance(o, np.ndarray) and o.dtype.kind != 'O': return f'{o.dtype}{o.shape}'.encode() + _values(o, 2**20)
     if isinstance(o, GeneratorType): return f'{o.gi_frame and (o.gi_frame.f_lasti, o.gi_frame.f_locals)}'
     if is_followed(o) or isinstance(o, (type, MethodType, ModuleType, io.IOBase)) or \

@@ -11,10 +11,10 @@ from collections.abc import Sized
 import torch
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import get_c
-from fastai.torch_core import no_random
 
 from .data import CifarDL
-from .resume import load_loader_state, loader_state
+from .generators import random_kept
+from .kept import kept
 
 # %% ../nbs/07_inputs.ipynb #e2a2496d
 def check_batches(
@@ -44,10 +44,7 @@ def n_outputs(
 
 def _peek(dl):
     "A batch of `dl`, which stays as it was, and so do the random generators"
-    state = loader_state(dl)
-    with no_random(reproducible=False): b = dl.one_batch()
-    load_loader_state(dl, state)
-    return b
+    with random_kept(), kept([dl]): return dl.one_batch()
 
 def _remedy(x):
     if x.ndim == 4 and x.shape[1] == 1: return 'read grey images in colour, with ImageBlock(PILImage)'

@@ -87,10 +87,10 @@ def describe_callback(
     cb, # Any callback
 )->str: # Such as `step_lr(step_size=25, gamma=0.5)`
     "The name of `cb`, with those arguments of its constructor that it keeps"
-    kept = {k: v for k, v in given(cb).items() if k not in ('learn', 'after_create', 'before_fit')}
+    kept = {k: v for k, v in given(cb).items() if k not in ('learn', 'scheds')}
     kept.update({k: v for k, v in vars(cb).items() if isinstance(v, Distribution)})  # what `MixUp` makes of its alpha
     kept.update({k: v.key for k, v in vars(cb).items() if isinstance(getattr(v, 'key', None), str)})  # a teacher
-    if isinstance(cb, ParamScheduler) and set(kept) <= {'scheds'}:  # a `StepLR` is described by its arguments
+    if isinstance(cb, ParamScheduler) and not kept:  # a `StepLR` is described by its arguments
         kept = {k: [f(pct/4) for pct in range(5)] for k, f in cb.scheds.items()}
     args = ', '.join(f'{k}={v if isinstance(v, str) else describe(v)}' for k, v in kept.items())
     return f'{cb.name}({_plain(args)})' if args else cb.name

@@ -332,13 +332,14 @@ from s9_fastai.layers import fast_layers
 from s9_fastai.net import Net
 keep_freed_memory()
 net, x = fast_layers(Net()).to(memory_format=torch.channels_last), torch.randn(64, 3, 32, 32)
+faults = []
 for i in range(8):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     net(x).sum().backward()
-    faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-print(faults)'''
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+print(min(faults))'''
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True, capture_output=True, text=True).stdout
-    assert int(out) < 500  # thousands without it
+    assert int(out) < 500  # thousands in every step without it; a busy machine takes pages away, but not in each step
 
 
 # --- the optimizer
