@@ -7,7 +7,6 @@ __all__ = ['attributes', 'is_followed', 'reachable', 'fingerprint']
 
 # %% ../nbs/03_attributes.ipynb #8351c65b
 import hashlib, io, operator, pickle
-from collections import deque
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from functools import partial
@@ -15,15 +14,14 @@ from types import FunctionType, GeneratorType, MethodType, ModuleType
 
 import numpy as np, plum, torch
 from fastai.callback.core import Callback
-from fastai.data.core import DataLoaders, FilteredBase
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner, Metric
 from fastai.optimizer import Optimizer
-from fastcore.foundation import L
 from torch import nn
 
 from .generators import generator_state
 from .objects import has_state_dict, not_saved
-from .state import can_encode
+from .state import can_encode, is_collection
 
 # %% ../nbs/03_attributes.ipynb #339de655
 # what every Learner, optimizer and module has, and a fit makes anew or `learner_state` keeps
@@ -66,10 +64,7 @@ _apart = {*'''IPython PIL _io _thread clearml comet_ml concurrent fastprogress i
 _leaves = (type, ModuleType, torch.Tensor, np.ndarray, np.generic, Enum, BaseException, str, bytes, int, float)
 # each is looked through as a root, or not at all
 _roots = (Learner, Callback, DataLoaders, Optimizer, torch.optim.Optimizer)
-_collections, _many, _most = (list, tuple, L, set, frozenset, deque), 100, 20_000
-
-def _is_collection(o):  # not a `TfmdLists`, which is an `L`: to look at its parts is to make every item, with its draws
-    return isinstance(o, _collections) and not isinstance(o, FilteredBase)
+_many, _most = 100, 20_000
 
 def is_followed(
     o, # Anything
@@ -77,14 +72,14 @@ def is_followed(
     "Can `o` hold attributes in which a state is?"
     if isinstance(o, (partial, FunctionType, nn.Module, *_roots)): return True
     if o is None or isinstance(o, (*_leaves, Mapping, MethodType)): return False
-    if _is_collection(o) or generator_state(o): return False
+    if is_collection(o) or generator_state(o): return False
     return type(o).__module__.partition('.')[0] not in {*_apart, 'builtins', 'itertools', 'functools', 'collections'}
 
 def _parts(path, o):
     "What `o` holds, with its path"
     if isinstance(o, MethodType): return [(path, o.__self__)]
     if isinstance(o, plum.Function): return [(f'{path}[{i}]', m.implementation) for i, m in enumerate(o.methods)]
-    if _is_collection(o): return [(f'{path}[{i}]', v) for i, v in enumerate(o)] if len(o) <= _many else []
+    if is_collection(o): return [(f'{path}[{i}]', v) for i, v in enumerate(o)] if len(o) <= _many else []
     if isinstance(o, Mapping): return [(f'{path}[{k!r}]', v) for k, v in o.items()] if len(o) <= _many else []
     if not is_followed(o): return []
     kept = isinstance(o, (Callback, Metric))  # `object_state` keeps what has a state_dict
@@ -127,11 +122,20 @@ def _bytes_of(o):
     try: return pickle.dumps(o)
     except Exception: return f'{type(o)}{id(o)}{operator.length_hint(o, -1) if isinstance(o, Iterator) else 0}'
 
+def _bytes_of_all(vs):
+    "What is to be hashed of thousands of numbers, texts or paths; None where each value needs its own look"
+    types = {*map(type, vs)}
+    if types <= {int, float, bool, str, type(None)}: return repr(vs)
+    if all(t.__module__.partition('.')[0] in _apart for t in types): return ' '.join(type(v).__qualname__ for v in vs)
+
 def _feed(h, o, depth):
     if isinstance(o, Mapping): o = [*o.items()]
-    if _is_collection(o) and depth < 20:
+    if is_collection(o) and depth < 20:
         h.update(f'{type(o).__name__}{len(o)}'.encode())
-        for v in _spaced([*o]): _feed(h, v, depth + 1)
+        vs = _spaced([*o])
+        if data := _bytes_of_all(vs): h.update(data.encode(errors='replace'))
+        else:
+            for v in vs: _feed(h, v, depth + 1)
         return
     data = _bytes_of(o)
     h.update(data if isinstance(data, bytes) else data.encode(errors='replace'))

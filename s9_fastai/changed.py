@@ -7,7 +7,6 @@ __all__ = ['displays', 'fit_roots', 'init_params', 'FitChanges', 'put_changes', 
 
 # %% ../nbs/04_changed.ipynb #0f7dd076
 import inspect, json
-from collections import deque
 from collections.abc import Mapping
 from functools import partial
 from types import FunctionType
@@ -16,13 +15,12 @@ import numpy as np, torch
 from fastai.callback.core import Callback
 from fastai.learner import Learner, Metric
 from fastai.optimizer import Optimizer
-from fastcore.foundation import L
 from torch import nn
 
 from .attributes import attributes, fingerprint, is_followed, reachable
 from .generators import generator_state
 from .objects import check_value, has_state_dict, is_text, put_back
-from .state import can_encode, decode, encode
+from .state import can_encode, decode, encode, is_collection
 
 # %% ../nbs/04_changed.ipynb #e25d5a1c
 #: Modules whose callbacks only show or log a training
@@ -73,7 +71,7 @@ def _size(v):
     "About how many numbers are in `v`"
     if isinstance(v, (torch.Tensor, np.ndarray)): return int(np.prod(v.shape))
     if isinstance(v, Mapping): v = [*v.values()]
-    if not isinstance(v, (list, tuple, L, set, frozenset, deque)): return 1
+    if not is_collection(v): return 1
     return len(v) + sum(map(_size, [*v][:100]))
 
 def _copy(v):

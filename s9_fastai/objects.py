@@ -16,7 +16,7 @@ from fastai.learner import Metric
 from fastcore.foundation import L
 
 from .generators import GeneratorState, generator_state
-from .state import can_encode
+from .state import can_encode, is_collection
 
 # %% ../nbs/02_objects.ipynb #27e44f34
 def has_state_dict(
@@ -79,9 +79,9 @@ def put_back(
         now.clear()
         now.update(new)
         return now
-    if not isinstance(v, (list, tuple, L, set, frozenset, deque)): return v
+    if not is_collection(v): return v
     if isinstance(now, (set, frozenset)) or isinstance(v, (set, frozenset)): items = [*v]
-    else: items = [put_back(a, b) for a, b in _pairs(now if isinstance(now, (list, tuple, L, deque)) else (), v)]
+    else: items = [put_back(a, b) for a, b in _pairs(now if is_collection(now) else (), v)]
     return _refill(now if _family(now) == _family(v) else v, items)
 
 # %% ../nbs/02_objects.ipynb #3f702305

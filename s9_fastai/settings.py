@@ -7,7 +7,6 @@ __all__ = ['given', 'describe', 'describe_callback', 'fit_settings']
 
 # %% ../nbs/06_settings.ipynb #265567f3
 import re
-from collections import deque
 from collections.abc import Mapping
 from dataclasses import asdict
 from functools import partial
@@ -16,7 +15,6 @@ from types import BuiltinFunctionType, FunctionType, MethodType
 import numpy as np, torch
 from fastai.callback.schedule import ParamScheduler
 from fastai.learner import Learner
-from fastcore.foundation import L
 from torch import nn
 from torch.distributions import Distribution
 
@@ -25,12 +23,13 @@ from .digest import data_digest, digest
 from .environment import environment
 from .fast import number_format
 from .objects import not_saved
+from .state import is_collection
 
 # %% ../nbs/06_settings.ipynb #2660b936
 # addresses, which always differ; the device, of which the kind is a setting of its own; and how many variants a
 # transform of fastai has, since any module that a process imports may add some
 _noise = re.compile(r" at 0x[0-9a-f]+|, device='[^']*'|\(enc:\d+,dec:\d+\)")
-_collections, _depth, _many = (list, tuple, L, set, frozenset, deque), 6, 20
+_depth, _many = 6, 20
 _named = (type, FunctionType, MethodType, BuiltinFunctionType, np.ufunc)
 
 def _plain(o): return ' '.join(_noise.sub('', str(o)).split())
@@ -70,7 +69,7 @@ def describe(
     if isinstance(o, partial):
         args = [*(describe(v, depth + 1) for v in o.args), *_arguments(o.keywords, depth)]
         return f'{_name(o.func)}({", ".join(args)})'
-    if isinstance(o, (*_collections, Mapping)): return _describe_many(o, depth)
+    if is_collection(o) or isinstance(o, Mapping): return _describe_many(o, depth)
     if isinstance(o, Distribution): return _describe_call(type(o), {k: getattr(o, k) for k in o.arg_constraints})
     return _describe_object(o, depth)
 
