@@ -23,12 +23,13 @@ from s9_fastai.fast import number_format
 from s9_fastai.learner import get_recipe, s9_learner
 
 changes = {  # fields of the recipe, by what is said of a variant; other batches come with epochs that take as long
-    'as it is': {}, '28 epochs': dict(epochs=28), 'batches of 128': dict(bs=128, epochs=36, lr=0.6),
-    'batches of 32': dict(bs=32, epochs=18, lr=0.3), 'batches of 256': dict(bs=256, epochs=44, lr=0.9),
-    'rate 0.2': dict(lr=0.2), 'rate 0.45': dict(lr=0.45), 'rate 1': dict(lr=1.),
+    'as it is': {}, 'rate, weight decay and averages of fast': dict(lr=0.3, wd=1e-3, average=0.03),
+    '40 epochs': dict(epochs=40), 'batches of 128': dict(bs=128, epochs=36, lr=0.6),
+    'batches of 32': dict(bs=32, epochs=20, lr=0.3), 'batches of 256': dict(bs=256, epochs=44, lr=0.9),
+    'rate 0.2': dict(lr=0.2), 'rate 0.8': dict(lr=0.8),
     'momentum 0.8': dict(mom=0.8), 'rise in two fifths': dict(rise=0.4), 'label smoothing 0.1': dict(label_smoothing=0.1),
-    'dropout 0.05': dict(dropout=0.05), 'ten times the weight decay': dict(wd=1e-2), 'without averages': dict(average=0.),
-    'averages three times as old': dict(average=0.09), 'flips by turns': dict(policy='alt_flip_crop'),
+    'dropout 0.05': dict(dropout=0.05), 'a tenth of the weight decay': dict(wd=1e-3), 'without averages': dict(average=0.),
+    'averages a third as old': dict(average=0.03), 'flips by turns': dict(policy='alt_flip_crop'),
     'cutout': dict(policy='flip_crop_cutout'), 'no augmentation': dict(policy='none')}
 
 

@@ -753,6 +753,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     's9_fastai.settings._device': ('settings.html#_device', 's9_fastai/settings.py'),
                                     's9_fastai.settings._loader': ('settings.html#_loader', 's9_fastai/settings.py'),
                                     's9_fastai.settings._loaders': ('settings.html#_loaders', 's9_fastai/settings.py'),
+                                    's9_fastai.settings._metric': ('settings.html#_metric', 's9_fastai/settings.py'),
                                     's9_fastai.settings._model': ('settings.html#_model', 's9_fastai/settings.py'),
                                     's9_fastai.settings._name': ('settings.html#_name', 's9_fastai/settings.py'),
                                     's9_fastai.settings._optimizer': ('settings.html#_optimizer', 's9_fastai/settings.py'),

@@ -131,7 +131,7 @@ def field_values()->dict: # Such as `0 to below 1`, or `'fast' (…) or 'plain' 
 _fast = Recipe(dropout=0., policy='flip_crop', augment='batch', epochs=11, opt='muon', lr=0.3, wd=1e-3,
                sched='triangle', average=0.03)
 RECIPES = {'stated': Recipe(), 'logged': Recipe(step_size=20, dropout=0.05),
-           'sample': replace(_fast, epochs=40, bs=64), 'fast': _fast,
+           'sample': replace(_fast, epochs=32, bs=64, lr=0.4, wd=1e-2, average=0.09), 'fast': _fast,
            'best': replace(_fast, epochs=150, policy='flip_crop_cutout')}
 
 # %% ../nbs/08_learner.ipynb #8f1ffcf1

@@ -155,6 +155,12 @@ def _model(m):
     return f'{_plain(m)} {", ".join(f"{k}={v!r}" for k, v in args.items())}'.strip()
 
 # %% ../nbs/06_settings.ipynb #e9fc027f
+def _metric(m):
+    "Its name, with its arguments where it was given more than a function"
+    args = given(m)
+    if [*args] == ['func'] and not isinstance(m.func, partial): return m.name
+    return f'{m.name}({", ".join(_arguments(args))})'
+
 def _device(learn): return next((p.device for p in learn.model.parameters()), torch.device('cpu'))
 
 def fit_settings(
@@ -167,7 +173,7 @@ def fit_settings(
     return {**{k: v for k, v in recipe.items() if k != 'epochs'}, **_loaders(learn.dls), 'vocab': _vocab(learn.dls),
             'data_key': getattr(learn.dls, 'data_key', None), 'model': _model(learn.model),
             'optimizer': _optimizer(learn, is_first), 'loss_func': describe(learn.loss_func),
-            'metrics': describe([m.name for m in learn.metrics]),
+            'metrics': f'[{", ".join(map(_metric, learn.metrics))}]',
             **_callbacks(learn), 'device': device.type, 'train_bn': learn.train_bn, 'wd_bn_bias': learn.wd_bn_bias,
             'numbers': str(number_format(device)) if hasattr(learn, 'autocast') else 'as in the model',
             'n_epoch': learn.n_epoch, **{k: [h.get(k) for h in opt.hypers] for k in ('lr', 'wd')}, **environment()}

@@ -18,7 +18,7 @@ from fastai.data.core import DataLoaders, Datasets, TfmdLists
 from fastai.data.load import DataLoader
 from fastai.learner import AvgMetric, Learner
 from fastai.losses import CrossEntropyLossFlat
-from fastai.metrics import accuracy, error_rate
+from fastai.metrics import F1Score, accuracy, error_rate, top_k_accuracy
 from fastai.optimizer import Adam, OptimWrapper, SGD
 from fastai.torch_core import TensorCategory, set_seed
 from fastai.vision.augment import aug_transforms
@@ -399,7 +399,8 @@ def loaded(**kwargs): return synth_learner(DataLoaders(DataLoader(data(), bs=16,
 changes = {'model': (lambda p: synth_learner(model=drop(p)), 0.1, 0.2), 'model ': (lambda f: synth_learner(model=act(f)), nn.ReLU, nn.GELU), 'model  ': (lambda by: synth_learner(model=Scaled(by)), 1., 2.),
            'loss_func': (lambda w: synth_learner(loss_func=loss(w)), 2, 3), 'after_batch': (aug, 0.2, 0.3), 'items': (lambda s: train(seed=s), 0, 1), 'loader': (lambda s: loaded(shuffle=s), True, False),
            'loader ': (lambda s: loaded(drop_last=s), True, False), 'optimizer': (lambda m: synth_learner(opt_func=partial(SGD, mom=m)), 0.9, 0.8), 'optimizer ': (lambda m: synth_learner(opt_func=partial(Adam, sqr_mom=m)), 0.99, 0.9),
-           'optimizer  ': (lambda b: synth_learner(opt_func=adamw(b)), (0.9, 0.99), (0.9, 0.9)), 'metrics': (metric, accuracy, error_rate), 'train_bn': (lambda t: synth_learner(train_bn=t), True, False),
+           'optimizer  ': (lambda b: synth_learner(opt_func=adamw(b)), (0.9, 0.99), (0.9, 0.9)), 'metrics': (metric, accuracy, error_rate), 'metrics ': (lambda k: metric(partial(top_k_accuracy, k=k)), 2, 3),
+           'metrics  ': (lambda how: metric(F1Score(average=how)), 'macro', 'micro'), 'train_bn': (lambda t: synth_learner(train_bn=t), True, False),
            'callback mix_up': (lambda a: synth_learner(cbs=MixUp(a)), 0.4, 0.5)}
 
 
@@ -418,6 +419,22 @@ def split_dls(idxs, vocab=10):
     dls = DataLoaders(DataLoader(trn, bs=8), DataLoader(val, bs=8))
     dls.vocab = [*range(vocab)]
     return dls
+
+
+def test_a_checkpoint_does_not_read_the_whole_data_set(tmp_path):
+    "`TfmdLists` is a list that makes an item each time: a look through it would open every file before the first batch"
+    x, y = data().tensors
+    class Seen: n = 0  # on a class: what a closure holds is put back after such a look
+    def image(i):
+        Seen.n += 1
+        return x[i]
+    def label(i): return y[i]
+    def reads(**kwargs):
+        Seen.n = 0
+        dsets = Datasets(range(48), [[image], [label]], splits=(range(32), range(32, 48)))
+        with synth_learner(dsets.dataloaders(bs=16, num_workers=0), **kwargs).no_bar() as learn: learn.fit(1)
+        return Seen.n
+    assert reads(cbs=Checkpoint(tmp_path)) - reads() == 2*5  # four items of each set, the first of them twice
 
 
 def test_another_split_of_the_same_images_is_refused(tmp_path):
