@@ -65,12 +65,12 @@ def test_a_run_that_fails_is_told(tmp_path):
 
 def test_the_recipe_of_the_sample_and_its_variants(tmp_path):
     args = ['sample.py', '--seeds', 0, '--epochs', 1, '--threads', 1, '--out', tmp_path]
-    done = bench(*args, 'as it is', 'rate 1')
-    assert done.returncode == 0 and 'rate 1: ' in done.stdout, done.stderr
+    done = bench(*args, 'as it is', 'rate 0.2')
+    assert done.returncode == 0 and 'rate 0.2: ' in done.stdout, done.stderr
     lines = [json.loads(o) for o in (tmp_path/'sample.jsonl').read_text().splitlines()]
-    assert [(o['what'], o['seed'], o['recipe']['held_out'], o['recipe']['epochs']) for o in lines] == [('as it is', 0, 500, 1), ('rate 1', 0, 500, 1)]
+    assert [(o['what'], o['seed'], o['recipe']['held_out'], o['recipe']['epochs']) for o in lines] == [('as it is', 0, 500, 1), ('rate 0.2', 0, 500, 1)]
     assert all('held-out' in o['measure'] and o['steps'] == -(-1500//o['recipe']['bs']) and o['seconds'] > 0 for o in lines)
-    assert lines[0]['recipe'] | {'lr': 1.} == lines[1]['recipe'] and {'hardware', 'versions', 'commit', 'command', 'date'} <= lines[0].keys()
+    assert lines[0]['recipe'] | {'lr': 0.2} == lines[1]['recipe'] and {'hardware', 'versions', 'commit', 'command', 'date'} <= lines[0].keys()
     done = bench(*args, 'rate 7')
     assert done.returncode == 2 and "no variant 'rate 7'" in done.stderr
 
