@@ -18,12 +18,14 @@ from fastai.torch_core import set_seed
 
 from accuracy import curves
 from common import facts, here, save
-from s9_fastai.cifar import load_cifar
-from s9_fastai.data import cifar_dls
-from s9_fastai.distill import TEACHER, Answers, Distill, check_answers
-from s9_fastai.fast import number_format
-from s9_fastai.learner import get_recipe, s9_learner
-from s9_fastai.settings import describe_callback
+from s9_fastai.cifar.load import load_cifar
+from s9_fastai.cifar.loaders import cifar_dls
+from s9_fastai.app.teacher import TEACHER
+from s9_fastai.training.distill import Answers, Distill, check_answers
+from s9_fastai.training.fast import number_format
+from s9_fastai.app.learner import s9_learner
+from s9_fastai.app.recipe import get_recipe
+from s9_fastai.resume.settings import describe_callback
 
 fields = {  # of the recipe, by what is said of a variant
     'as it is': {},

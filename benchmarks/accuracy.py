@@ -20,11 +20,11 @@ import torch
 from common import facts, git_commit, here, save
 from kill import command
 from robustness import recognised
-from s9_fastai.cifar import load_cifar
-from s9_fastai.data import hold_out
-from s9_fastai.learner import Recipe
-from s9_fastai.mirror import Mirrored
-from s9_fastai.run import kept_source, read_run, run_net
+from s9_fastai.cifar.load import load_cifar
+from s9_fastai.data.loader import hold_out
+from s9_fastai.app.recipe import Recipe
+from s9_fastai.nets.tta import Mirrored
+from s9_fastai.app.run import kept_source, read_run, run_net
 
 
 def told(folder): return json.loads((folder/'recipe.json').read_text())

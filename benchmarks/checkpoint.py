@@ -9,9 +9,11 @@ from fastai.torch_core import set_seed
 from fastcore.basics import noop
 
 from common import data_options, make_line, options, parse, save, show
-from s9_fastai.checkpoint import Checkpoint, FiniteLoss
-from s9_fastai.data import cifar_dls
-from s9_fastai.learner import get_recipe, s9_learner
+from s9_fastai.resume.checkpoint import Checkpoint
+from s9_fastai.training.guards import FiniteLoss
+from s9_fastai.cifar.loaders import cifar_dls
+from s9_fastai.app.learner import s9_learner
+from s9_fastai.app.recipe import get_recipe
 
 spent = []  # seconds in the two callbacks, one sum an epoch
 

@@ -22,9 +22,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from s9_fastai.cifar import CLASSES, fastai_dir, load_cifar
-from s9_fastai.command import complain
-from s9_fastai.environment import environment
+from s9_fastai.cifar.facts import CLASSES
+from s9_fastai.cifar.load import fastai_dir, load_cifar
+from s9_fastai.app.command import complain
+from s9_fastai.core.environment import environment
 
 here = Path(__file__).resolve().parent
 

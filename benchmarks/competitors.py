@@ -21,14 +21,16 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
-from s9_fastai.augment import get_policy
-from s9_fastai.cifar import MEAN, STD, load_cifar
-from s9_fastai.data import cifar_dls
-from s9_fastai.fast import keep_freed_memory, number_format
-from s9_fastai.layers import fast_layers
-from s9_fastai.learner import get_recipe, s9_learner
-from s9_fastai.net import Net
-from s9_fastai.schedule import StepLR
+from s9_fastai.augment.policies import get_policy
+from s9_fastai.cifar.facts import MEAN, STD
+from s9_fastai.cifar.load import load_cifar
+from s9_fastai.cifar.loaders import cifar_dls
+from s9_fastai.training.fast import keep_freed_memory, number_format
+from s9_fastai.training.layers import fast_layers
+from s9_fastai.app.learner import s9_learner
+from s9_fastai.app.recipe import get_recipe
+from s9_fastai.nets.net import Net
+from s9_fastai.training.schedule import StepLR
 
 # ---- loaders: each takes the source, the batch size and the number of workers, and gives a training and a test loader
 

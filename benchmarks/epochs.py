@@ -1,7 +1,7 @@
 "Seconds of one epoch on CIFAR-10 with the test at its end, and of its training part"
 from common import Contestant, data_options, get_source, interleave, lines_of, options, parse, save, show
 from competitors import EPOCHS, RECIPE
-from s9_fastai.learner import get_recipe
+from s9_fastai.app.recipe import get_recipe
 
 
 def contestant(key, bs, source, threads):

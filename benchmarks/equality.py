@@ -7,7 +7,8 @@ from fastai.torch_core import set_seed
 
 from common import data_options, get_source, make_line, options, parse, save
 from competitors import OURS, our_dls
-from s9_fastai.learner import get_recipe, s9_learner
+from s9_fastai.app.learner import s9_learner
+from s9_fastai.app.recipe import get_recipe
 
 PLAIN = 'item-plain'  # the reference: Albumentations, float32, torch's own layers
 MEASURES = {'train_loss': '{:.4f}', 'valid_loss': '{:.4f}', 'valid_accuracy': '{:.4f}'}

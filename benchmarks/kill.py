@@ -24,7 +24,8 @@ KINDS = 'anywhere', 'in a write', 'before the rename', 'after the rename', 'betw
 # The command in a process that kills itself where a file is written: at the place called `kind`, the `n`-th time it passes
 TRAP = '''
 import os, signal, sys, pathlib
-from s9_fastai import files, record, state
+from s9_fastai.core import files, weights
+from s9_fastai.training import record
 kind, n, sys.argv = sys.argv[1], int(sys.argv[2]), ['s9_train', *sys.argv[3:]]
 def die_at(moment):
     global n
@@ -46,7 +47,7 @@ def append_text(path, text):
     if str(path).endswith('history.csv'): die_at('between log and history')
     return append(path, text)
 pathlib.Path.write_bytes, os.replace, record.append_text = write_bytes, replace, append_text
-from s9_fastai.train import main_train
+from s9_fastai.app.train import main_train
 main_train()
 '''
 

@@ -6,8 +6,8 @@ import torch
 
 from common import Contestant, interleave, lines_of, options, parse, save, show
 from competitors import bare_epoch, bare_sgd, fast_net, fixed_batch
-from s9_fastai.fast import keep_freed_memory
-from s9_fastai.net import Net
+from s9_fastai.training.fast import keep_freed_memory
+from s9_fastai.nets.net import Net
 
 CHANNELS_LAST, BF16, F32 = torch.channels_last, torch.bfloat16, torch.float32
 TODAY = 'stock layers, channels last, bfloat16'

@@ -18,10 +18,10 @@ from torch import nn
 
 from common import make_line, options, parse, save, show
 from competitors import bare_sgd, fixed_batch
-from s9_fastai.fast import FastSGD
-from s9_fastai.net import Net
-from s9_fastai.record import EpochRecorder
-from s9_fastai.schedule import StepLR
+from s9_fastai.training.fast import FastSGD
+from s9_fastai.nets.net import Net
+from s9_fastai.training.record import EpochRecorder
+from s9_fastai.training.schedule import StepLR
 
 
 class StandIn(nn.Module):

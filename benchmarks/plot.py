@@ -6,7 +6,7 @@ from pathlib import Path
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
-from s9_fastai.interpret import Picture, save_picture
+from s9_fastai.report.plots import Picture, save_picture
 
 here = Path(__file__).resolve().parent
 

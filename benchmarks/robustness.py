@@ -12,10 +12,10 @@ import torch
 from PIL import Image
 
 from common import facts, options, parse, save
-from s9_fastai.cifar import load_cifar
-from s9_fastai.facts import CLASSES, MEAN, STD
-from s9_fastai.mirror import Mirrored
-from s9_fastai.net import WEIGHTS, Net
+from s9_fastai.cifar.load import load_cifar
+from s9_fastai.cifar.facts import CLASSES, MEAN, STD
+from s9_fastai.nets.tta import Mirrored
+from s9_fastai.nets.net import WEIGHTS, Net
 
 
 def noise(x, std, rng): return x + rng.normal(0, 255*std, x.shape)  # Gaussian, for each value by itself

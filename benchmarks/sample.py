@@ -18,9 +18,10 @@ from fastai.torch_core import set_seed
 
 from accuracy import curves
 from common import facts, here, save
-from s9_fastai.data import cifar_dls
-from s9_fastai.fast import number_format
-from s9_fastai.learner import get_recipe, s9_learner
+from s9_fastai.cifar.loaders import cifar_dls
+from s9_fastai.training.fast import number_format
+from s9_fastai.app.learner import s9_learner
+from s9_fastai.app.recipe import get_recipe
 
 changes = {  # fields of the recipe, by what is said of a variant; other batches come with epochs that take as long
     'as it is': {}, 'rate, weight decay and averages of fast': dict(lr=0.3, wd=1e-3, average=0.03),

@@ -6,13 +6,13 @@ from tempfile import TemporaryDirectory
 from time import perf_counter, time
 
 from common import data_options, get_source, make_line, options, parse, save, show
-from s9_fastai.cifar import load_cifar
+from s9_fastai.cifar.load import load_cifar
 
 # a Learner gets this callback because it is among fastai's defaults; it ends the process after one batch
 CHILD = '''
 import sys, time, os
 from fastcore.foundation import defaults
-from s9_fastai import train
+from s9_fastai.app import train
 from fastai.callback.core import Callback
 class First(Callback):
     order = -100

@@ -19,13 +19,14 @@ from torch import nn
 
 from accuracy import curves
 from common import facts, here, save
-from s9_fastai.cifar import load_cifar
-from s9_fastai.data import cifar_dls, hold_out
-from s9_fastai.distill import ask
-from s9_fastai.fast import keep_freed_memory
-from s9_fastai.layers import fast_layers
-from s9_fastai.learner import get_recipe
-from s9_fastai.record import EpochRecorder
+from s9_fastai.cifar.load import load_cifar
+from s9_fastai.cifar.loaders import cifar_dls
+from s9_fastai.data.loader import hold_out
+from s9_fastai.app.teacher import ask
+from s9_fastai.training.fast import keep_freed_memory
+from s9_fastai.training.layers import fast_layers
+from s9_fastai.app.recipe import get_recipe
+from s9_fastai.training.record import EpochRecorder
 
 
 def group(ni, nf):

@@ -15,14 +15,15 @@ from fastai.vision.core import PILImage, PILImageBW, PILMask, TensorBBox, Tensor
 from fastai.vision.data import BBoxBlock, BBoxLblBlock, ImageBlock, MaskBlock, PointBlock
 from PIL import Image, ImageCms
 
-from s9_fastai.augment import POLICIES, AlbumentationsTransform, get_policy
-from s9_fastai.batch_augment import BatchAugment, read_policy
-from s9_fastai.cifar import load_cifar
-from s9_fastai.data import cifar_block
-from s9_fastai.facts import MEAN, STD
-from s9_fastai.keyed import item_keys
-from s9_fastai.pipelines import check_pipeline
-from s9_fastai.readers import ImageReader
+from s9_fastai.augment.item import AlbumentationsTransform
+from s9_fastai.augment.policies import POLICIES, get_policy
+from s9_fastai.augment.batch import BatchAugment, read_policy
+from s9_fastai.cifar.load import load_cifar
+from s9_fastai.cifar.loaders import cifar_block
+from s9_fastai.cifar.facts import MEAN, STD
+from s9_fastai.augment.keys import item_keys
+from s9_fastai.augment.pipelines import check_pipeline
+from s9_fastai.cifar.readers import ImageReader
 import albumentations as A
 
 names = dict(np=np, torch=torch, A=A, Image=Image, PILImage=PILImage, PILImageBW=PILImageBW, PILMask=PILMask, TensorImage=TensorImage,
@@ -70,7 +71,7 @@ def read(sample): return ImageReader(sample)
 
 
 def cifar_dls(data, *args, **kwargs):
-    "As in `s9_fastai.data`, from images that are loaded already"
+    "As in `s9_fastai.cifar.loaders`, from images that are loaded already"
     n = len(data.train.labels) + len(data.test.labels)
     return cifar_block(data, *args, **kwargs).dataloaders(range(n), seed=0, num_workers=0, device='cpu')
 
@@ -578,7 +579,7 @@ def test_numbers_files_and_data_that_are_there(read, tmp_path):
 
 
 def test_images_or_files_in_place_of_other_data(read, sample, tmp_path, monkeypatch):
-    monkeypatch.setattr('s9_fastai.readers.load_cifar', lambda source: sample)
+    monkeypatch.setattr('s9_fastai.cifar.readers.load_cifar', lambda source: sample)
     twin = ImageReader(sample)
     twin._data, twin.identity = None, ('of other images',)
     with pytest.raises(ValueError, match='these are other images than before; give images or files'): twin(0)

@@ -15,7 +15,8 @@ from processes import server
 
 root = Path(__file__).resolve().parent.parent
 notebooks = sorted((root/'nbs').glob('*.ipynb'))
-modules = sorted(p for p in (root/'s9_fastai').glob('*.py') if not p.name.startswith('_'))
+package = root/'s9_fastai'
+modules = sorted(p for p in package.rglob('*.py') if not p.name.startswith('_'))
 
 
 def cells(nb): return json.loads(nb.read_text(encoding='utf-8'))['cells']
@@ -28,13 +29,74 @@ def module_of(nb):
     return found and found[1]
 
 
-def imports(code): return set(re.findall(r'^\s*(?:from|import) s9_fastai\.(\w+)', code, re.M))
+def name_of(path): return '.'.join(path.relative_to(package).with_suffix('').parts)  # such as `augment.batch`
+
+
+def imports(code, name=''):
+    "The modules of ours that `code`, of the module `name`, imports, by dotted name; `from s9_fastai.core import files` is one of core.files"
+    found = set()
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.Import): found |= {a.name for a in node.names}
+        if not isinstance(node, ast.ImportFrom): continue
+        above = ['s9_fastai', *name.split('.')][:-node.level] if node.level else []  # `..core` from augment.batch
+        base = '.'.join([*above, *(node.module or '').split('.')]).strip('.')
+        found |= {base, *(f'{base}.{a.name}' for a in node.names)}
+    return {o.removeprefix('s9_fastai.') for o in found if o.startswith('s9_fastai.')} & {*map(name_of, modules)}
+
+
+WINGS = ('core', 'augment', 'data', 'nets', 'report', 'cifar', 'training', 'resume', 'app')
+MAY_IMPORT = {'core': (), 'augment': ('core',), 'data': ('core', 'augment'), 'nets': ('core',), 'report': ('core',), 'cifar': ('core', 'augment', 'data'),
+              'training': ('core', 'augment.keys', 'data'), 'resume': ('core', 'augment.keys', 'data.loader', 'training'), 'app': WINGS}
+by_name = {name_of(m): m.read_text(encoding='utf-8') for m in modules}
+edges = {nm: imports(code, nm) for nm, code in by_name.items()}
+outside = {nm: {n.split('.')[0] for node in ast.walk(ast.parse(code)) if isinstance(node, (ast.Import, ast.ImportFrom)) and not getattr(node, 'level', 0)
+                for n in ([a.name for a in node.names] if isinstance(node, ast.Import) else [node.module])} for nm, code in by_name.items()}
 
 
 layer = {module_of(nb): int(nb.name[:2]) for nb in notebooks if module_of(nb)}
+in_wings = [nm for nm in by_name if '.' in nm]
 
 
-def test_there_is_something_to_check(): assert len(modules) > 8 and len(notebooks) > 9
+def test_there_is_something_to_check(): assert len(modules) > 50 and len(notebooks) > 50 and sum(map(len, edges.values())) > 150
+
+
+@pytest.mark.parametrize('code, name, there', [
+    ('from s9_fastai.core.text import shown', '', {'core.text'}), ('from s9_fastai.core import text', '', {'core.text'}), ('import s9_fastai.core.text as t', '', {'core.text'}),
+    ('from ..core.text import shown', 'augment.batch', {'core.text'}), ('from .keys import KeyedDL', 'augment.batch', {'augment.keys'}), ('from . import keys', 'augment.batch', {'augment.keys'}),
+    ('def f():\n    from .net import Net', 'nets.tta', {'nets.net'}), ('import numpy', 'nets.tta', set())])
+def test_imports_are_read(code, name, there): assert imports(code, name) == there
+
+
+@pytest.mark.parametrize('nm', in_wings)
+def test_a_wing_imports_wings_above_it(nm):
+    wing = nm.split('.')[0]
+    assert {d for d in edges[nm] if d.split('.')[0] != wing and d not in MAY_IMPORT[wing] and d.split('.')[0] not in MAY_IMPORT[wing]} == set()
+
+
+def test_every_module_is_in_a_wing():
+    assert {nm.split('.')[0] for nm in in_wings} == {*WINGS} and {nm for nm in by_name if '.' not in nm} == {'all', 'test_utils'}
+
+
+@pytest.mark.parametrize('library, wings', [('albumentations', {'augment'}), ('matplotlib', {'report'}), ('pandas', {'report'}), ('argparse', {'app'})])
+def test_a_library_is_imported_in_its_wing_only(library, wings):
+    assert {nm.split('.')[0] for nm, libs in outside.items() if library in libs} == wings
+
+
+def test_option_names_are_in_app_only():
+    "Another program has no command line of ours; what a user of CIFAR-10 may type is named where the data are looked for"
+    code = {nm: text for nm, text in by_name.items() if nm.split('.')[0] not in ('app', 'cifar')}
+    assert {nm: found for nm, text in code.items() if (found := re.findall(r'--[a-z][a-z-]+', text))} == {}
+
+
+def test_parts_for_any_learner_load_no_more_than_they_need():
+    "All of them, in one new process: neither albumentations, nor CIFAR-10, nor the application, nor pandas before a report"
+    def loaded(*wings):
+        names = [nm for nm in in_wings if nm.split('.')[0] in wings]
+        code = f'import sys, {", ".join("s9_fastai." + nm for nm in names)}; print(*sys.modules)'
+        return subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True, text=True, check=True).stdout.split()
+    found = loaded('core', 'nets', 'report', 'training', 'resume')
+    assert [m for m in found if m.split('.')[0] == 'albumentations' or m.startswith(('s9_fastai.cifar', 's9_fastai.app'))] == []
+    assert 's9_fastai.resume.checkpoint' in found
 
 
 @pytest.mark.parametrize('nb', [nb for nb in notebooks if module_of(nb)], ids=lambda nb: nb.name)
@@ -50,21 +112,21 @@ def test_notebook_is_clean(nb):
     assert all(c.get('execution_count') is None for c in cells(nb))
 
 
-@pytest.mark.parametrize('module', modules, ids=lambda m: m.stem)
+@pytest.mark.parametrize('module', modules, ids=name_of)
 def test_module_is_exported_from_a_notebook(module):
-    assert module.stem in layer or module.stem == 'all'
+    assert name_of(module) in layer or name_of(module) == 'all'
 
 
-@pytest.mark.parametrize('module', modules, ids=lambda m: m.stem)
+@pytest.mark.parametrize('module', modules, ids=name_of)
 def test_functions_fit_one_glance(module):
     long = {n.name: n.end_lineno - n.body[0].lineno + 1 for n in ast.walk(ast.parse(module.read_text(encoding='utf-8')))
             if isinstance(n, (ast.FunctionDef, ast.AsyncFunctionDef)) and n.end_lineno - n.body[0].lineno + 1 > 20}
     assert long == {}
 
 
-@pytest.mark.parametrize('module', modules, ids=lambda m: m.stem)
+@pytest.mark.parametrize('module', modules, ids=name_of)
 def test_no_undefined_or_unused_names(module):
-    if module.stem == 'all': pytest.skip('nothing but star imports')
+    if name_of(module) == 'all': pytest.skip('nothing but star imports')
     run = subprocess.run([sys.executable, '-m', 'pyflakes', str(module)], capture_output=True, text=True)
     lines = module.read_text(encoding='utf-8').split('\n')
     found = [ln for ln in run.stdout.splitlines() if '#' not in lines[int(ln.split(':')[1]) - 1]]  # a comment says why it is imported
@@ -75,20 +137,20 @@ def test_each_module_imports_alone():
     "In a new process each: what a notebook's other cells imported must not be needed. They share what others wrote, which is slow to import"
     failed = {}
     for m in modules:
-        code = f'import sys, warnings; assert "s9_fastai" not in sys.modules; warnings.simplefilter("error", UserWarning); import s9_fastai.{m.stem}'
+        code = f'import sys, warnings; assert "s9_fastai" not in sys.modules; warnings.simplefilter("error", UserWarning); import s9_fastai.{name_of(m)}'
         p = server.Process(target=exec, args=(code,))
         p.start()
         p.join()
-        if p.exitcode: failed[m.stem] = p.exitcode
+        if p.exitcode: failed[name_of(m)] = p.exitcode
     assert failed == {}
 
 
 def public_symbols():
     for m in modules:
-        mod = importlib.import_module(f's9_fastai.{m.stem}')
+        mod = importlib.import_module(f's9_fastai.{name_of(m)}')
         for nm in getattr(mod, '__all__', []):
             o = getattr(mod, nm)
-            if getattr(o, '__module__', None) == mod.__name__: yield pytest.param(o, id=f'{m.stem}.{nm}')
+            if getattr(o, '__module__', None) == mod.__name__: yield pytest.param(o, id=f'{name_of(m)}.{nm}')
 
 
 @pytest.mark.parametrize('o', list(public_symbols()))
@@ -110,7 +172,7 @@ def test_nothing_speaks_of_one_machine():
     assert files == []
 
 
-@pytest.mark.parametrize('module', modules, ids=lambda m: m.stem)
+@pytest.mark.parametrize('module', modules, ids=name_of)
 def test_lines_fit_the_screen(module):
     lines = module.read_text(encoding='utf-8').split('\n')
     assert [i for i, ln in enumerate(lines, 1) if len(ln) > 120 and '__all__' not in ln] == []

@@ -20,9 +20,10 @@ from fastcore.basics import fastuple
 from fastcore.foundation import L
 from PIL import Image
 
-from s9_fastai.augment import POLICIES, AlbumentationsTransform, KeyedRandom, SubpixelAffine, get_policy, reference_policy
-from s9_fastai.keyed import item_key, item_seed
-from s9_fastai.pipelines import check_pipeline, moving
+from s9_fastai.augment.item import AlbumentationsTransform, KeyedRandom, SubpixelAffine
+from s9_fastai.augment.policies import POLICIES, get_policy, reference_policy
+from s9_fastai.augment.keys import item_key, item_seed
+from s9_fastai.augment.pipelines import check_pipeline, moving
 import albumentations as A
 
 n_draws = 8000
@@ -435,16 +436,17 @@ def spy(*args, **kwargs):
     calls.append(args)
     raise OSError('no network')
 socket.socket.connect = socket.getaddrinfo = urllib.request.urlopen = spy
-import s9_fastai.augment
+import s9_fastai.augment.item
 print(len(calls), os.environ['NO_ALBUMENTATIONS_UPDATE'])'''
     assert run(code) == '0 1'
-    assert run(code.replace('s9_fastai.augment', 'albumentations').replace("environ['NO_ALBUMENTATIONS_UPDATE']", 'name'))[0] != '0'
+    assert run(code.replace('s9_fastai.augment.item', 'albumentations').replace("environ['NO_ALBUMENTATIONS_UPDATE']", 'name'))[0] != '0'
 
 
 def test_opencv_threads_are_off(tmp_path):
     "Where it is made, and where a pickle of it is read: in a worker that is not forked, or after `load_learner`"
     code = f'''import cv2, pickle
-from s9_fastai.augment import AlbumentationsTransform, reference_policy
+from s9_fastai.augment.item import AlbumentationsTransform
+from s9_fastai.augment.policies import reference_policy
 for make in (lambda: AlbumentationsTransform(reference_policy()), lambda: pickle.load(open({str(tmp_path/'tfm.pkl')!r}, 'rb'))):
     cv2.setNumThreads(2)
     make()
@@ -455,8 +457,9 @@ for make in (lambda: AlbumentationsTransform(reference_policy()), lambda: pickle
 
 def test_a_second_process_draws_the_same(img):
     code = '''import hashlib, numpy as np
-from s9_fastai.augment import AlbumentationsTransform, reference_policy
-from s9_fastai.keyed import item_key, item_seed
+from s9_fastai.augment.item import AlbumentationsTransform
+from s9_fastai.augment.policies import reference_policy
+from s9_fastai.augment.keys import item_key, item_seed
 tfm, img = AlbumentationsTransform(reference_policy()), np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 h = hashlib.sha256()
 for i in range(50):

@@ -16,9 +16,10 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel
 
-from s9_fastai.average import WeightAverage
-from s9_fastai.checkpoint import Checkpoint
-from s9_fastai.learner import get_recipe, s9_learner
+from s9_fastai.training.ema import WeightAverage
+from s9_fastai.resume.checkpoint import Checkpoint
+from s9_fastai.app.learner import s9_learner
+from s9_fastai.app.recipe import get_recipe
 from s9_fastai.test_utils import synth_dls, synth_groups, synth_learner
 
 

@@ -17,11 +17,12 @@ from fastai.vision.core import TensorBBox, TensorPoint
 from scipy.stats import chi2_contingency, ks_2samp
 from torch import nn
 
-from s9_fastai.augment import POLICIES, AlbumentationsTransform, SubpixelAffine, get_policy
-from s9_fastai.batch_augment import BatchAugment, read_policy, uniforms
-from s9_fastai.cifar import load_cifar
-from s9_fastai.facts import MEAN, STD
-from s9_fastai.keyed import item_key, item_keys, item_seed, mix64
+from s9_fastai.augment.item import AlbumentationsTransform, SubpixelAffine
+from s9_fastai.augment.policies import POLICIES, get_policy
+from s9_fastai.augment.batch import BatchAugment, read_policy, uniforms
+from s9_fastai.cifar.load import load_cifar
+from s9_fastai.cifar.facts import MEAN, STD
+from s9_fastai.augment.keys import item_key, item_keys, item_seed, mix64
 import albumentations as A
 
 n_draws = 20_000

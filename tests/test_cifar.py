@@ -1,4 +1,4 @@
-"Guards of s9_fastai.layouts, the rooms below it and cifar: every layout gives the same arrays, the cache survives, and nothing bad is let in"
+"Guards of s9_fastai.cifar.layouts, the rooms below it and cifar: every layout gives the same arrays, the cache survives, and nothing bad is let in"
 import importlib.util
 import os
 import pickle
@@ -14,14 +14,14 @@ import pytest
 from fastai.data.external import fastai_cfg
 from PIL import Image
 
-import s9_fastai.cifar as cifar
-import s9_fastai.layouts as layouts
-from s9_fastai.archives import archive_files
-from s9_fastai.cifar import SAMPLE, find_source, load_cifar, open_cache, source_key
-from s9_fastai.facts import BATCHES, CLASSES, SPLITS
-from s9_fastai.layouts import read_source
-from s9_fastai.pickles import ArrayUnpickler
-from s9_fastai.png import decode_png
+import s9_fastai.cifar.load as cifar
+import s9_fastai.cifar.layouts as layouts
+from s9_fastai.cifar.archives import archive_files
+from s9_fastai.cifar.load import SAMPLE, find_source, load_cifar, open_cache, source_key
+from s9_fastai.cifar.facts import BATCHES, CLASSES, SPLITS
+from s9_fastai.cifar.layouts import read_source
+from s9_fastai.cifar.pickles import ArrayUnpickler
+from s9_fastai.cifar.png import decode_png
 
 root = Path(__file__).resolve().parent.parent
 needs_data = pytest.mark.skipif(not os.environ.get('S9_CIFAR10'), reason='S9_CIFAR10 does not name the full CIFAR-10')
@@ -446,7 +446,7 @@ def test_a_source_that_cannot_be_read_is_not_blamed_on_the_cache(tmp_path, tiny,
 
 
 def test_two_processes_at_once_both_end_well(tmp_path, tiny, arrays):
-    code = ('import sys, time, s9_fastai.cifar as c; from pathlib import Path\n'
+    code = ('import sys, time, s9_fastai.cifar.load as c; from pathlib import Path\n'
             'real = c.read_source\n'
             'def slow(*a):\n'
             '    Path(sys.argv[3]).touch(); out = real(*a)\n'  # both decode before either one publishes

@@ -20,13 +20,18 @@ from fastai.torch_core import TensorCategory, TensorImage, set_seed
 from fasttransform import Transform
 from PIL import Image
 
-from s9_fastai.augment import AlbumentationsTransform, AlternatingFlip
-from s9_fastai.cifar import CLASSES, MEAN, STD, Cifar10, Split, load_cifar
-from s9_fastai.data import CifarDL, KeyedDL, RowNormalize, cifar_block, cifar_dls
-from s9_fastai.learner import get_recipe, s9_learner
-from s9_fastai.net import Net
-from s9_fastai.schedule import StepLR
-from s9_fastai.readers import ImageArray, ImageReader, LabelReader
+from s9_fastai.augment.item import AlbumentationsTransform, AlternatingFlip
+from s9_fastai.cifar.facts import CLASSES, MEAN, STD, Cifar10, Split
+from s9_fastai.cifar.load import load_cifar
+from s9_fastai.augment.keys import KeyedDL
+from s9_fastai.cifar.loaders import CifarDL, cifar_block, cifar_dls
+from s9_fastai.data.loader import RowNormalize
+from s9_fastai.app.learner import s9_learner
+from s9_fastai.app.recipe import get_recipe
+from s9_fastai.nets.net import Net
+from s9_fastai.training.schedule import StepLR
+from s9_fastai.cifar.readers import ImageReader, LabelReader
+from s9_fastai.data.images import ImageArray
 from s9_fastai.test_utils import synth_images
 import albumentations as A
 from albumentations.pytorch import ToTensorV2
@@ -171,8 +176,8 @@ def test_the_batch_size_does_not_change_an_image(mk):
 
 def test_a_second_process_makes_the_same_batches(mk):
     code = '''import hashlib
-from s9_fastai.cifar import Cifar10, Split
-from s9_fastai.data import cifar_block
+from s9_fastai.cifar.facts import Cifar10, Split
+from s9_fastai.cifar.loaders import cifar_block
 from s9_fastai.test_utils import synth_images
 data = Cifar10(Split(*synth_images(64)), Split(*synth_images(40, seed=1)), 'sample', 'synthetic')
 dl = cifar_block(data).dataloaders(range(104), bs=24, seed=1, num_workers=1, device='cpu', drop_last=False).train

@@ -12,11 +12,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from s9_fastai.cifar import load_cifar
-from s9_fastai.data import cifar_dls, hold_out
-from s9_fastai.distill import Answers, packaged_answers
-from s9_fastai.learner import get_recipe, s9_learner
-from s9_fastai.train import BadInput, s9_train
+from s9_fastai.cifar.load import load_cifar
+from s9_fastai.cifar.loaders import cifar_dls
+from s9_fastai.data.loader import hold_out
+from s9_fastai.app.teacher import packaged_answers
+from s9_fastai.training.distill import Answers
+from s9_fastai.app.learner import s9_learner
+from s9_fastai.app.recipe import get_recipe
+from s9_fastai.app.command import BadInput
+from s9_fastai.app.train import s9_train
 
 options = dict(data='sample', recipe='stated', distill=0.5, bs=250, policy='flip_crop', augment='batch', epochs=2, seed=3)
 
@@ -85,5 +89,5 @@ def test_the_teacher_in_the_package_knows_images_that_it_has_not_seen():
     assert right[hold_out(data.train.labels, 5000)].sum() == 4662 and right.mean() > 0.98
     learn = s9_learner(dls, get_recipe('fast', distill=0.9))
     assert learn.distill.answers.key == packaged_answers(dls).key
-    with pytest.raises(ValueError, match='the teacher in the package: this teacher was trained with held_out 5000, .* train one with --held-out 4000'):
+    with pytest.raises(ValueError, match='the teacher in the package: this teacher was trained with held_out 5000, .* train one with held_out 4000'):
         packaged_answers(cifar_dls(os.environ['S9_CIFAR10'], held_out=4000, device='cpu'))

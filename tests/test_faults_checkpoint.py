@@ -19,12 +19,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_faults_training import assert_all_is_whole, command, epoch_re, here, message, mk, outcome, pytestmark, tiny_dls, whole  # noqa: F401
 
-from s9_fastai.checkpoint import Checkpoint
-from s9_fastai.command import plain_message
-from s9_fastai.learner import get_recipe
-from s9_fastai.net import Net, load_original
-from s9_fastai.saved import CannotGoOn, newest_checkpoint, read_checkpoint
-from s9_fastai.state import load_weights, read_state, read_tensors, save_weights, write_state, write_tensors
+from s9_fastai.resume.checkpoint import Checkpoint
+from s9_fastai.app.command import plain_message
+from s9_fastai.app.recipe import get_recipe
+from s9_fastai.nets.net import Net, load_original
+from s9_fastai.resume.saved import CannotGoOn, newest_checkpoint, read_checkpoint
+from s9_fastai.core.weights import load_weights, read_tensors, save_weights, write_tensors
+from s9_fastai.resume.state import read_state, write_state
 
 fuzz = partial(settings, derandomize=True, deadline=None, database=None)
 

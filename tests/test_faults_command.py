@@ -21,14 +21,14 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import s9_fastai.data
-import s9_fastai.train
-from s9_fastai.cifar import load_cifar
-from s9_fastai.learner import RECIPES, Recipe, get_recipe
-from s9_fastai.paths import data_path
-from s9_fastai.run import read_run
-from s9_fastai.state import save_weights
-from s9_fastai.train import main_summary, main_train
+import s9_fastai.cifar.loaders
+import s9_fastai.app.train
+from s9_fastai.cifar.load import load_cifar
+from s9_fastai.app.recipe import RECIPES, Recipe, get_recipe
+from s9_fastai.cifar.facts import data_path
+from s9_fastai.app.run import read_run
+from s9_fastai.core.weights import save_weights
+from s9_fastai.app.train import main_summary, main_train
 
 mains = {'s9_train': main_train, 's9_summary': main_summary}
 posix = pytest.mark.skipif(os.name == 'nt', reason='Windows has other rules for names')
@@ -80,9 +80,9 @@ def run(tmp_path_factory):
         self.checkpoint.release()
         raise Accepted
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(s9_fastai.data, 'load_cifar', load)
-        m.setattr(s9_fastai.train, 'data_path', there)
-        with patch('s9_fastai.training.finish'):
+        m.setattr(s9_fastai.cifar.loaders, 'load_cifar', load)
+        m.setattr(s9_fastai.app.train, 'data_path', there)
+        with patch('s9_fastai.app.training.finish'):
             assert typed('s9_train', '--data', 'sample', '--recipe', 'stated', '--epochs', '2', '--bs', '500', '--n-channels', '4', '--out', str(folder)).code == 0
         m.setattr(Learner, 'fit', accept)
         yield folder
@@ -95,7 +95,7 @@ def parser_of(command):
     def stop(parser):
         found.append(parser)
         raise SystemExit
-    with patch('s9_fastai.command.parsed_options', stop), suppress(SystemExit): mains[command]()
+    with patch('s9_fastai.app.command.parsed_options', stop), suppress(SystemExit): mains[command]()
     return found[0]
 
 
@@ -282,7 +282,7 @@ def test_a_teacher_of_other_images(copy, fault):
 
 def test_a_teacher_that_has_seen_what_is_held_out(copy, fault):
     message = refusal('s9_train', *taught(as_teacher(copy), '--held-out', '500'))
-    assert 'trained with held_out 0, so it has seen images that are held out now: train one with --held-out 500' in message
+    assert 'trained with held_out 0, so it has seen images that are held out now: train one with held_out 500' in message
     fault('command', 'a teacher that has seen the images that are held out', message)
 
 

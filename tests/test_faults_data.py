@@ -25,14 +25,15 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_cifar import assert_same, deep, deep_rgb, evil_pickles, home, png, tar_of, tiny_arrays, write_batches, write_fastai
 
-import s9_fastai.cifar as cifar
-import s9_fastai.layouts as layouts
-from s9_fastai.archives import archive_files
-from s9_fastai.cifar import load_cifar, source_key
-from s9_fastai.facts import BATCHES, shown
-from s9_fastai.png import decode_png
-from s9_fastai.readers import ImageReader
-from s9_fastai.train import main_train
+import s9_fastai.cifar.load as cifar
+import s9_fastai.cifar.layouts as layouts
+from s9_fastai.cifar.archives import archive_files
+from s9_fastai.cifar.load import load_cifar, source_key
+from s9_fastai.cifar.facts import BATCHES
+from s9_fastai.core.text import shown
+from s9_fastai.cifar.png import decode_png
+from s9_fastai.cifar.readers import ImageReader
+from s9_fastai.app.train import main_train
 
 posix = pytest.mark.skipif(os.name == 'nt', reason='Windows has no pipes in the file system, and needs a right for links')
 nothing = 'no message: '  # for the faults that do no harm
@@ -210,7 +211,7 @@ def test_paths(tmp_path, refusal, fault, what, name):
 
 def permission_script(*cases):
     "Load each (data, cache) without the rights of root; what it says, line by line"
-    code = ('import os, sys\nfrom s9_fastai.cifar import load_cifar\n'
+    code = ('import os, sys\nfrom s9_fastai.cifar.load import load_cifar\n'
             'load_cifar("sample")  # whatever is imported late is imported now\n'
             'if os.geteuid() == 0: os.setgroups([]); os.setgid(65534); os.setuid(65534)\n'
             'for a in sys.argv[1:]:\n'
@@ -636,7 +637,7 @@ def test_a_damaged_entry_that_cannot_be_replaced(tiny, cache, fault, monkeypatch
 
 
 def test_two_processes_build_the_same_cache_at_once(tiny, tmp_path, cache, fault):
-    code = ('import sys, time, s9_fastai.cifar as c\nfrom pathlib import Path\n'
+    code = ('import sys, time, s9_fastai.cifar.load as c\nfrom pathlib import Path\n'
             'real = c.build_entry\n'
             'def build(*a):\n'  # both are about to write before either one does
             '    Path(sys.argv[3]).touch()\n'

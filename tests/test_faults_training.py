@@ -31,20 +31,22 @@ from fastcore.basics import noop
 from PIL import Image
 from test_cifar import tiny_arrays, write_fastai
 
-from s9_fastai.checkpoint import Checkpoint, FiniteLoss
-from s9_fastai.cifar import Cifar10, Split
-from s9_fastai.command import plain_message
-from s9_fastai.data import CifarDL, cifar_block
-from s9_fastai.fits import in_fit
-from s9_fastai.files import replacing
-from s9_fastai.interpret import plot_curves, plot_misclassified
-from s9_fastai.learner import get_recipe, s9_learner
-from s9_fastai.net import Net
-from s9_fastai.record import EpochRecorder, RunLog
-from s9_fastai.saved import read_checkpoint
-from s9_fastai.state import save_weights
+from s9_fastai.resume.checkpoint import Checkpoint
+from s9_fastai.training.guards import FiniteLoss
+from s9_fastai.cifar.facts import Cifar10, Split
+from s9_fastai.app.command import plain_message
+from s9_fastai.cifar.loaders import CifarDL, cifar_block
+from s9_fastai.core.events import in_fit
+from s9_fastai.core.files import replacing
+from s9_fastai.report.plots import plot_curves, plot_misclassified
+from s9_fastai.app.learner import s9_learner
+from s9_fastai.app.recipe import get_recipe
+from s9_fastai.nets.net import Net
+from s9_fastai.training.record import EpochRecorder, RunLog
+from s9_fastai.resume.saved import read_checkpoint
+from s9_fastai.core.weights import save_weights
 from s9_fastai.test_utils import synth_images
-from s9_fastai.train import main_train
+from s9_fastai.app.train import main_train
 
 pytestmark = pytest.mark.skipif(sys.platform == 'win32', reason='Windows has no SIGKILL and no limit of file sizes')
 bin = Path(sys.executable).parent

@@ -24,10 +24,10 @@ from PIL import Image
 from torch import nn
 from torch.nn import functional as F
 
-from s9_fastai.cifar import CLASSES, MEAN, STD, Cifar10, Split
-from s9_fastai.data import cifar_block
-from s9_fastai.interpret import misclassified, plot_curves, plot_misclassified, read_history, save_picture, untouched
-from s9_fastai.learner import s9_learner
+from s9_fastai.cifar.facts import CLASSES, MEAN, STD, Cifar10, Split
+from s9_fastai.cifar.loaders import cifar_block
+from s9_fastai.report.plots import misclassified, plot_curves, plot_misclassified, read_history, save_picture, untouched
+from s9_fastai.app.learner import s9_learner
 from s9_fastai.test_utils import synth_split
 
 
@@ -198,7 +198,7 @@ def test_no_figure_is_left_open(tmp_path):
 def test_without_a_display(tmp_path):
     "A backend that needs windows is asked for, and none is there"
     history(3).to_csv(tmp_path/'history.csv', index=False)
-    code = "import sys; from s9_fastai.interpret import plot_curves; plot_curves(*sys.argv[1:])"
+    code = "import sys; from s9_fastai.report.plots import plot_curves; plot_curves(*sys.argv[1:])"
     subprocess.run([sys.executable, '-W', 'ignore', '-c', code, tmp_path/'history.csv', tmp_path/'c.png'], check=True,
                    env={**{k: v for k, v in os.environ.items() if k != 'DISPLAY'}, 'MPLBACKEND': 'TkAgg'})
     assert Image.open(tmp_path/'c.png').size == (1000, 330)
@@ -315,7 +315,7 @@ colours = np.stack([ramp, ramp[::-1], ramp[:, ::-1]], -1)/2399
 def plot_one(x, monkeypatch):
     "The picture of a data set with one item, which is misclassified"
     mistake = dict(index=[0], true=['a'], predicted=['b'], prob=[.5])
-    monkeypatch.setattr('s9_fastai.interpret.misclassified', lambda *_: pd.DataFrame(mistake))
+    monkeypatch.setattr('s9_fastai.report.plots.misclassified', lambda *_: pd.DataFrame(mistake))
     return plot_misclassified(SimpleNamespace(dls=[None, SimpleNamespace(dataset=[(x, 0)])]))
 
 

@@ -28,14 +28,14 @@ from fastai.vision.data import ImageBlock, MaskBlock
 from fasttransform import ItemTransform, Transform
 from torch import nn
 
-from s9_fastai.augment import AlbumentationsTransform, AlternatingFlip, KeyedRandom
-from s9_fastai.batch_augment import BatchAugment
-from s9_fastai.checkpoint import Checkpoint
-from s9_fastai.cifar import Cifar10, Split
-from s9_fastai.data import CifarDL, cifar_block
-from s9_fastai.keyed import (ItemKey, KeyedDL, KeyedTransform, item_key, item_seed, kept_global, keyed_class, make_keyed, seed_global,
+from s9_fastai.augment.item import AlbumentationsTransform, KeyedRandom, AlternatingFlip
+from s9_fastai.augment.batch import BatchAugment
+from s9_fastai.resume.checkpoint import Checkpoint
+from s9_fastai.cifar.facts import Cifar10, Split
+from s9_fastai.cifar.loaders import CifarDL, cifar_block
+from s9_fastai.augment.keys import (ItemKey, KeyedDL, KeyedTransform, item_key, item_seed, kept_global, keyed_class, make_keyed, seed_global,
                              under_key)
-from s9_fastai.readers import ImageReader, LabelReader
+from s9_fastai.cifar.readers import ImageReader, LabelReader
 from s9_fastai.test_utils import synth_images
 
 n_items = 40
@@ -85,7 +85,7 @@ def started_by(request):
     "The start method of worker processes, for one test"
     before = multiprocessing.get_start_method(allow_none=True)
     multiprocessing.set_start_method(request.param, force=True)
-    if request.param == 'forkserver': multiprocessing.set_forkserver_preload(['s9_fastai.data', 'fastai.vision.augment'])  # its workers start at once
+    if request.param == 'forkserver': multiprocessing.set_forkserver_preload(['s9_fastai.cifar.loaders', 'fastai.vision.augment'])  # its workers start at once
     yield request.param
     multiprocessing.set_start_method(before, force=True)
 

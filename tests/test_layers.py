@@ -11,7 +11,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
-from s9_fastai.layers import FastBatchNorm2d, FastDropout, fast_layers, plain_layers
+from s9_fastai.training.layers import FastBatchNorm2d, FastDropout, fast_layers, plain_layers
 
 cl = torch.channels_last
 

@@ -41,23 +41,23 @@ from fastcore.basics import noop
 from PIL import Image
 from torch.nn import functional as F
 
-import s9_fastai.learner
-from s9_fastai.augment import POLICIES
-from s9_fastai.command import command_parser
-from s9_fastai.data import AUGMENTS, KeyedDL
-from s9_fastai.net import NORMS, Net
-from s9_fastai.schedule import MODES, PlateauLR, TriangularLR
+import s9_fastai.app.recipe
+from s9_fastai.augment.policies import POLICIES, AUGMENTS
+from s9_fastai.app.command import command_parser
+from s9_fastai.augment.keys import KeyedDL
+from s9_fastai.nets.net import NORMS, Net
+from s9_fastai.training.schedule import MODES, PlateauLR, TriangularLR, StepLR
 import fastai.vision.learner  # how fastai lays out pictures; that the package needs no such import is a test of its own
-from s9_fastai.cifar import CLASSES, Cifar10, Split
-from s9_fastai.data import cifar_block, cifar_dls
-from s9_fastai.inputs import check_inputs, n_outputs
-from s9_fastai.learner import Recipe, get_recipe, s9_learner
-from s9_fastai.record import EpochRecorder
-from s9_fastai.run import option_values
-from s9_fastai.schedule import StepLR
-from s9_fastai.predict import main_predict, s9_predict
+from s9_fastai.cifar.facts import CLASSES, Cifar10, Split
+from s9_fastai.cifar.loaders import cifar_block, cifar_dls
+from s9_fastai.app.inputs import check_inputs, n_outputs
+from s9_fastai.app.learner import s9_learner
+from s9_fastai.app.recipe import Recipe, get_recipe
+from s9_fastai.training.record import EpochRecorder
+from s9_fastai.app.run import option_values
+from s9_fastai.app.predict import main_predict, s9_predict
 from s9_fastai.test_utils import synth_images
-from s9_fastai.train import main_summary, main_train, s9_summary, s9_train
+from s9_fastai.app.train import main_summary, main_train, s9_summary, s9_train
 import albumentations as A
 
 names = ['epoch', 'train_loss', 'valid_loss', 'train_accuracy', 'valid_accuracy', 'lr', 'time']
@@ -393,8 +393,8 @@ def test_pictures_need_no_other_import():
     code = '''import matplotlib
 matplotlib.use('agg')
 import matplotlib.pyplot as plt
-from s9_fastai.data import cifar_dls
-from s9_fastai.learner import s9_learner
+from s9_fastai.cifar.loaders import cifar_dls
+from s9_fastai.app.learner import s9_learner
 from fastai.interpret import ClassificationInterpretation
 learn = s9_learner(cifar_dls('sample', bs=10, device='cpu'))
 def n_axes(f):
@@ -730,7 +730,7 @@ def help_text():
     return command_parser(s9_train, values=option_values()).format_help()
 
 
-own = s9_fastai.learner
+own = s9_fastai.app.recipe
 new = [('norm', NORMS, 'rms', ('root mean square', None)), ('policy', POLICIES, 'mine', None), ('augment', AUGMENTS, 'twice', ('two times', None)),
        ('sched', MODES, 'cosine', 'half a wave'), ('opt', own._names['opt'], 'adam', 'the usual'), ('compute', own._names['compute'], 'half', 'in float16')]
 

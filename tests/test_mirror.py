@@ -2,7 +2,7 @@
 import pytest, torch
 from torch import nn
 
-from s9_fastai.mirror import Mirrored
+from s9_fastai.nets.tta import Mirrored
 
 
 class Returns(nn.Module):

@@ -6,7 +6,7 @@ import pytest, torch
 from torch import nn
 from torch.nn import functional as F
 
-from s9_fastai.net import ConvBlock, DepthwiseSeparableConv2d, Net, TransitionBlock, load_original, norm_layer
+from s9_fastai.nets.net import ConvBlock, DepthwiseSeparableConv2d, Net, TransitionBlock, load_original, norm_layer
 
 TABLE = Path(__file__).parent/'data'/'s9_model_summary.txt'
 

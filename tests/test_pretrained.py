@@ -11,12 +11,14 @@ import torch
 from fastai.torch_core import set_seed
 from PIL import Image
 
-from s9_fastai.cifar import CLASSES, load_cifar
-from s9_fastai.data import cifar_dls
-from s9_fastai.learner import get_recipe, s9_learner
-from s9_fastai.mirror import Mirrored
-from s9_fastai.net import WEIGHTS, Net
-from s9_fastai.predict import main_predict
+from s9_fastai.cifar.facts import CLASSES
+from s9_fastai.cifar.load import load_cifar
+from s9_fastai.cifar.loaders import cifar_dls
+from s9_fastai.app.learner import s9_learner
+from s9_fastai.app.recipe import get_recipe
+from s9_fastai.nets.tta import Mirrored
+from s9_fastai.nets.net import WEIGHTS, Net
+from s9_fastai.app.predict import main_predict
 
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root/'benchmarks'))

@@ -23,14 +23,15 @@ from fastcore.basics import noop
 from fastcore.foundation import L
 from torch.optim.swa_utils import AveragedModel
 
-from s9_fastai.checkpoint import Checkpoint
-from s9_fastai.cifar import Cifar10, Split
-from s9_fastai.data import cifar_block
-from s9_fastai.learner import get_recipe, s9_learner
-from s9_fastai.record import RunLog
-from s9_fastai.resume import SkipTo
-from s9_fastai.saved import CannotGoOn, Place, newest_checkpoint
-from s9_fastai.signals import Stopped
+from s9_fastai.resume.checkpoint import Checkpoint
+from s9_fastai.cifar.facts import Cifar10, Split
+from s9_fastai.cifar.loaders import cifar_block
+from s9_fastai.app.learner import s9_learner
+from s9_fastai.app.recipe import get_recipe
+from s9_fastai.training.record import RunLog
+from s9_fastai.resume.learner import SkipTo
+from s9_fastai.resume.saved import CannotGoOn, Place, newest_checkpoint
+from s9_fastai.core.signals import Stopped
 from s9_fastai.test_utils import synth_dls, synth_groups, synth_images, synth_learner
 
 root = Path(__file__).resolve().parent.parent
@@ -329,7 +330,7 @@ def test_a_change_is_named_and_refused(tmp_path, name):
 
 def test_a_version_that_changed_is_named_and_refused(tmp_path, monkeypatch):
     fit3(plain_learner(tmp_path/'run'))
-    import s9_fastai.settings as module
+    import s9_fastai.resume.settings as module
     told = module.environment()
     monkeypatch.setattr(module, 'environment', lambda: {**told, 'torch': '1.0'})
     with pytest.raises(CannotGoOn, match='torch was .*, is 1.0'): plain_learner(tmp_path/'run').fit(4, 0.1)
@@ -377,7 +378,7 @@ def test_skipped_epochs_are_heard_by_nobody():
 def test_the_pause_is_no_part_of_the_epochs_time(tmp_path, monkeypatch):
     Break.at, Break.fits = (0, 1, True, 2), 0
     with pytest.raises(SystemError): fit3(plain_learner(tmp_path/'run', save_every=1))
-    import s9_fastai.checkpoint as module
+    import s9_fastai.resume.checkpoint as module
     real = module.time.time
     class Later:
         @staticmethod

@@ -28,9 +28,9 @@ from fasttransform import Pipeline, Transform
 from torch import nn
 from torch.utils.data import IterableDataset, RandomSampler, TensorDataset, WeightedRandomSampler
 
-from s9_fastai.checkpoint import Checkpoint
-from s9_fastai.keyed import KeyedDL
-from s9_fastai.saved import CannotGoOn
+from s9_fastai.resume.checkpoint import Checkpoint
+from s9_fastai.augment.keys import KeyedDL
+from s9_fastai.resume.saved import CannotGoOn
 from s9_fastai.test_utils import synth_dls, synth_groups, synth_learner, synth_model
 
 EPOCHS = 3

@@ -19,9 +19,9 @@ from fastai.metrics import accuracy
 from fastai.optimizer import OptimWrapper
 from fastcore.basics import noop
 
-from s9_fastai.checkpoint import Checkpoint
-from s9_fastai.saved import CannotGoOn
-from s9_fastai.schedule import MODES, PlateauLR, StepLR, TriangularLR, lr_scheduler, lr_setters, stretches
+from s9_fastai.resume.checkpoint import Checkpoint
+from s9_fastai.resume.saved import CannotGoOn
+from s9_fastai.training.schedule import MODES, PlateauLR, StepLR, TriangularLR, lr_scheduler, lr_setters, stretches
 from s9_fastai.test_utils import synth_dls, synth_groups, synth_learner, synth_model
 
 nb = 2  # batches an epoch of `mk`

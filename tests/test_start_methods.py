@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from s9_fastai.state import read_tensors
+from s9_fastai.core.weights import read_tensors
 
 pytestmark = pytest.mark.slow  # each worker process of `spawn` imports all that the command does
 

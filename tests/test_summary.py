@@ -9,11 +9,11 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from s9_fastai.cifar import Cifar10, Split
-from s9_fastai.data import cifar_block
-from s9_fastai.learner import s9_learner
-from s9_fastai.net import ConvBlock, Net, TransitionBlock
-from s9_fastai.summary import Row, Summary, summary
+from s9_fastai.cifar.facts import Cifar10, Split
+from s9_fastai.cifar.loaders import cifar_block
+from s9_fastai.app.learner import s9_learner
+from s9_fastai.nets.net import ConvBlock, Net, TransitionBlock
+from s9_fastai.report.summary import Row, Summary, summary
 from s9_fastai.test_utils import synth_dls, synth_model, synth_split
 
 

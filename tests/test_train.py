@@ -22,13 +22,14 @@ from fastcore.xtras import working_directory
 from PIL import Image
 from safetensors.torch import load_file
 
-import s9_fastai.data
-from s9_fastai.cifar import load_cifar
-from s9_fastai.learner import RECIPES, Recipe
-from s9_fastai.net import Net
-from s9_fastai.options import STORED
-from s9_fastai.state import read_tensors
-from s9_fastai.train import BadInput, main_summary, main_train, s9_train
+import s9_fastai.cifar.loaders
+from s9_fastai.cifar.load import load_cifar
+from s9_fastai.app.recipe import RECIPES, Recipe
+from s9_fastai.nets.net import Net
+from s9_fastai.app.options import STORED
+from s9_fastai.core.weights import read_tensors
+from s9_fastai.app.command import BadInput
+from s9_fastai.app.train import main_summary, main_train, s9_train
 
 bin, root = Path(sys.executable).parent, Path(__file__).resolve().parent.parent
 posix = pytest.mark.skipif(os.name == 'nt', reason='needs a shell of POSIX')
@@ -56,7 +57,7 @@ def decoded():
     sample = load_cifar('sample')
     def load(path=None, **kwargs): return sample if path == 'sample' else load_cifar(path, **kwargs)
     with pytest.MonkeyPatch.context() as m:
-        m.setattr(s9_fastai.data, 'load_cifar', load)
+        m.setattr(s9_fastai.cifar.loaders, 'load_cifar', load)
         yield
 
 
@@ -153,8 +154,8 @@ import json, sys
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 sys.modules['torch'] = None
-from s9_fastai.predict import main_predict
-from s9_fastai.train import main_summary, main_train
+from s9_fastai.app.predict import main_predict
+from s9_fastai.app.train import main_summary, main_train
 mains, found = dict(s9_train=main_train, s9_summary=main_summary, s9_predict=main_predict), {}
 for line in json.loads(sys.stdin.read()):
     sys.argv, out, code = line.split(), StringIO(), 0

@@ -28,16 +28,16 @@ from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-from s9_fastai.augment import AlbumentationsTransform
-from s9_fastai.average import WeightAverage
-from s9_fastai.batch_augment import BatchAugment
-from s9_fastai.checkpoint import Checkpoint
-from s9_fastai.cifar import CLASSES
-from s9_fastai.distill import Answers, Distill
-from s9_fastai.interpret import misclassified
-from s9_fastai.muon import FastMuon
-from s9_fastai.schedule import StepLR
-from s9_fastai.summary import summary
+from s9_fastai.augment.item import AlbumentationsTransform
+from s9_fastai.training.ema import WeightAverage
+from s9_fastai.augment.batch import BatchAugment
+from s9_fastai.resume.checkpoint import Checkpoint
+from s9_fastai.cifar.facts import CLASSES
+from s9_fastai.training.distill import Answers, Distill
+from s9_fastai.report.plots import misclassified
+from s9_fastai.training.muon import FastMuon
+from s9_fastai.training.schedule import StepLR
+from s9_fastai.report.summary import summary
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from works_with_learners import LEARNERS, classes, make, n_train
@@ -132,7 +132,7 @@ def gradients(learner, to_fast, *cbs):
     if to_fast:
         for m in learn.to_fast().model.modules(): m.least = 0  # batch norms: the fast way for small batches too
     else: learn.add_cb(ChannelsLast())
-    with patch('s9_fastai.fast.number_format', lambda device: torch.float32): learn.fit(1, cbs=[steps, *cbs])
+    with patch('s9_fastai.training.fast.number_format', lambda device: torch.float32): learn.fit(1, cbs=[steps, *cbs])
     return steps.seen[0], sum(n), len(n)
 
 

@@ -19,9 +19,11 @@ from fastcore.foundation import L
 from torch import nn
 from torchvision.models import resnet18
 
-from s9_fastai.cifar import Cifar10, Split
-from s9_fastai.data import KeyedDL, cifar_block
-from s9_fastai.learner import get_recipe, s9_learner
+from s9_fastai.cifar.facts import Cifar10, Split
+from s9_fastai.augment.keys import KeyedDL
+from s9_fastai.cifar.loaders import cifar_block
+from s9_fastai.app.learner import s9_learner
+from s9_fastai.app.recipe import get_recipe
 from s9_fastai.test_utils import synth_images
 
 n_train, n_valid, bs = 32, 12, 16

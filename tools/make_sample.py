@@ -1,6 +1,6 @@
 """Make the embedded sample from an archive (or folder) of CIFAR-10 in fastai's layout.
 
-    python tools/make_sample.py cifar10.tgz          write s9_fastai/data/cifar10_sample.tar.bz2
+    python tools/make_sample.py cifar10.tgz          write s9_fastai/assets/cifar10_sample.tar.bz2
     python tools/make_sample.py cifar10.tgz --check  fail unless that file is what the rule gives, byte for byte
 
 The rule: of each class the first 200 training and the first 50 test images, in the order of the numbers in their names.
@@ -13,10 +13,10 @@ import tarfile
 from io import BytesIO
 from pathlib import Path
 
-from s9_fastai.archives import archive_files
-from s9_fastai.cifar import SAMPLE
-from s9_fastai.facts import CLASSES, SPLITS
-from s9_fastai.layouts import file_bytes, folder_files, image_order
+from s9_fastai.cifar.archives import archive_files
+from s9_fastai.cifar.load import SAMPLE
+from s9_fastai.cifar.facts import CLASSES, SPLITS
+from s9_fastai.cifar.layouts import file_bytes, folder_files, image_order
 
 SIZES = {'train': 200, 'test': 50}  # images of each class
 MTIME = 1230768000                  # 2009-01-01, the year of the report that describes CIFAR-10

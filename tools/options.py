@@ -1,4 +1,4 @@
-"""s9_fastai/data/options.json is what `s9_train` and `s9_summary` have for options, read from their functions and from `Recipe`.
+"""s9_fastai/assets/options.json is what `s9_train` and `s9_summary` have for options, read from their functions and from `Recipe`.
 
     python tools/options.py            write it
     python tools/options.py --check    exit with 1 if it is not what the functions give
@@ -6,10 +6,10 @@
 import json
 import sys
 
-from s9_fastai.command import command_parser
-from s9_fastai.options import STORED, option_table
-from s9_fastai.run import option_values
-from s9_fastai.train import NET_FIELDS, s9_summary, s9_train
+from s9_fastai.app.command import command_parser
+from s9_fastai.app.options import STORED, option_table
+from s9_fastai.app.run import option_values
+from s9_fastai.app.train import NET_FIELDS, s9_summary, s9_train
 
 
 def made():

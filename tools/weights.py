@@ -1,7 +1,7 @@
 """The weights that come with the package, and their model card, from a run of `benchmarks/accuracy.py`.
 
     python tools/weights.py NAME SEED    take the weights of that run; measure them with benchmarks/robustness.py
-                                         (then run 05_mirror, 10_predict, 20_tour and 23_evidence, which show what they see)
+                                         (then run 31_nets.tta, 79_app.predict, 80_tour and 83_evidence, which show what they see)
     python tools/weights.py --card       write the card anew from benchmarks/results
     python tools/weights.py --check      exit with 1 if the card is not what the results say of these weights
 """
@@ -11,14 +11,14 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from s9_fastai.facts import MEAN, STD
-from s9_fastai.learner import Recipe
-from s9_fastai.net import Net
-from s9_fastai.run import read_run, run_net
-from s9_fastai.state import read_tensors, save_weights
+from s9_fastai.cifar.facts import MEAN, STD
+from s9_fastai.app.recipe import Recipe
+from s9_fastai.nets.net import Net
+from s9_fastai.app.run import read_run, run_net
+from s9_fastai.core.weights import read_tensors, save_weights
 
 root = Path(__file__).resolve().parent.parent
-data, results = root/'s9_fastai'/'data', root/'benchmarks'/'results'
+data, results = root/'s9_fastai'/'assets', root/'benchmarks'/'results'
 
 
 def newest(script, what, **fields):
