@@ -32,7 +32,7 @@ def render():
     nb.cells = list(shown(nb.cells))
     text, resources = MarkdownExporter().from_notebook_node(nb, {'unique_key': 'readme', 'output_files_dir': 'nbs/images'})
     for alt in sum((c.metadata['alt'] for c in nb.cells), []): text = text.replace('![png]', f'![{alt}]', 1)
-    text = re.sub(r'\]\((?=images/|\w+\.ipynb)', '](nbs/', text).replace('](../', '](')  # links, seen from here
+    text = re.sub(r'\]\((?=images/|[\w.]+\.ipynb)', '](nbs/', text).replace('](../', '](')  # links, seen from here
     return re.sub(r'\n{3,}', '\n\n', text).strip() + '\n', resources['outputs']
 
 
