@@ -21,17 +21,17 @@ from common import facts, here, save
 from s9_fastai.cifar.load import load_cifar
 from s9_fastai.cifar.loaders import cifar_dls
 from s9_fastai.app.teacher import TEACHER
-from s9_fastai.training.distill import Answers, Distill, check_answers
-from s9_fastai.training.fast import number_format
+from s9_fastai.training.distill import TeacherLogits, Distill, check_logits
+from s9_fastai.training.fast import autocast_dtype
 from s9_fastai.app.learner import s9_learner
 from s9_fastai.app.recipe import get_recipe
 from s9_fastai.resume.settings import describe_callback
 
 fields = {  # of the recipe, by what is said of a variant
     'as it is': {},
-    'without averages': dict(average=0.), 'averages three times as old': dict(average=0.09),
+    'without averages': dict(ema=0.), 'averages three times as old': dict(ema=0.09),
     "Nesterov's momentum": dict(opt='nesterov', lr=0.15, wd=3e-4), 'momentum 0.95': dict(mom=0.95),
-    'steps in place of the triangle': dict(sched='step', step_size=2), 'rise in a tenth': dict(rise=0.1),
+    'steps in place of the triangle': dict(sched='step', step_size=2), 'rise in a tenth': dict(pct_start=0.1),
     'rate 0.2': dict(lr=0.2), 'rate 0.45': dict(lr=0.45), 'batches of 64': dict(bs=64),
     'no weight decay': dict(wd=0.), 'three times the weight decay': dict(wd=3e-3),
     'label smoothing 0.1': dict(label_smoothing=0.1), 'dropout 0.05': dict(dropout=0.05),
@@ -47,7 +47,7 @@ def recipe_of(what, args):
 
 def subject(what, seed, args):
     "What tells one training from another, beside its recipe"
-    teacher = dict(teacher=Answers.load(args.teacher).key) if what in taught else {}
+    teacher = dict(teacher=TeacherLogits.load(args.teacher).key) if what in taught else {}
     return dict(what=what, seed=seed, data_key=args.data_key, **teacher)
 
 
@@ -61,8 +61,8 @@ def train(what, seed, args):
                     held_out=recipe.held_out, device=torch.device('cpu'))
     cbs = [callbacks[what]()] if what in callbacks else []
     if what in taught:
-        check_answers(answers := Answers.load(args.teacher), dls)
-        cbs = [taught[what](answers)]
+        check_logits(teacher_logits := TeacherLogits.load(args.teacher), dls)
+        cbs = [taught[what](teacher_logits)]
     learn = s9_learner(dls, recipe, cbs=cbs)
     start = perf_counter()
     with learn.no_bar(), learn.no_logging(): learn.fit(recipe.epochs)
@@ -70,7 +70,7 @@ def train(what, seed, args):
     return dict(**subject(what, seed, args), measure='accuracy on the held-out images after the last epoch', unit='%', n=1,
                 values=[100*df.valid_accuracy.iloc[-1]], recipe=vars(recipe),
                 callbacks=[describe_callback(cb) for cb in cbs], runs_at_once=args.jobs,
-                number_format=str(number_format(torch.device('cpu')))[6:],
+                autocast_dtype=str(autocast_dtype(torch.device('cpu')))[6:],
                 seconds=round(perf_counter() - start), history=curves(df), **facts())
 
 
@@ -89,7 +89,7 @@ def options(names):
     p.add_argument('--epochs', type=int, default=8, help='passes over the training images')
     p.add_argument('--seeds', type=int, nargs='+', default=[0], help='of weights, order and augmentation')
     p.add_argument('--held-out', type=int, default=5000, help='training images that validate')
-    p.add_argument('--teacher', type=Path, default=TEACHER, help="answers from teacher.py; if not given, the package's")
+    p.add_argument('--teacher', type=Path, default=TEACHER, help="logits from teacher.py; if not given, the package's")
     p.add_argument('--jobs', type=int, default=1, help='runs at once')
     p.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads of torch in each run')
     p.add_argument('--out', type=Path, default=here/'results', help='folder of the JSON lines')

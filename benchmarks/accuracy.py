@@ -23,7 +23,7 @@ from robustness import recognised
 from s9_fastai.cifar.load import load_cifar
 from s9_fastai.data.loader import hold_out
 from s9_fastai.app.recipe import Recipe
-from s9_fastai.nets.tta import Mirrored
+from s9_fastai.nets.tta import FlipTTA
 from s9_fastai.app.run import kept_source, read_run, run_net
 
 
@@ -75,7 +75,7 @@ def mirrored(folder):
     if recipe.held_out:
         at = hold_out(data.train.labels, recipe.held_out)
         images, labels = data.train.images[at], data.train.labels[at]
-    return 100*float(recognised(Mirrored(run_net(folder)), images, labels).mean())
+    return 100*float(recognised(FlipTTA(run_net(folder)), images, labels).mean())
 
 
 def curves(df):
@@ -95,7 +95,7 @@ def line(what, folders, failed, jobs):
         what=what, measure=f'accuracy on the {images} after the last epoch', unit='%', n=len(values),
         mean=mean(values), std=stdev(values) if len(values) > 1 else None, values=values,
         mirrored=[mirrored(f) for f in folders.values()], seeds=[*dfs], recipe=recipe,
-        number_format=abouts[0]['number_format'], epochs=recipe['epochs'], failed=failed, runs_at_once=jobs,
+        autocast_dtype=abouts[0]['autocast_dtype'], epochs=recipe['epochs'], failed=failed, runs_at_once=jobs,
         seconds=[seconds(df.time) for df in dfs.values()], histories={s: curves(df) for s, df in dfs.items()},
         **{**facts(), 'commit': ', '.join(sorted({begin(f, ())['commit'] for f in folders.values()}))})
 

@@ -25,7 +25,7 @@ from s9_fastai.augment.policies import get_policy
 from s9_fastai.cifar.facts import MEAN, STD
 from s9_fastai.cifar.load import load_cifar
 from s9_fastai.cifar.loaders import cifar_dls
-from s9_fastai.training.fast import keep_freed_memory, number_format
+from s9_fastai.training.fast import keep_freed_memory, autocast_dtype
 from s9_fastai.training.layers import fast_layers
 from s9_fastai.app.learner import s9_learner
 from s9_fastai.app.recipe import get_recipe
@@ -264,7 +264,7 @@ def bare_sgd(model): return torch.optim.SGD(model.parameters(), lr=1e-4, momentu
 def make_bare(source, bs, workers):
     "The limit of the training part: the fast network in its number format, with a batch that is already there"
     keep_freed_memory()
-    model, dtype = fast_net(get_recipe('stated').dropout).train(), number_format(torch.device('cpu'))
+    model, dtype = fast_net(get_recipe('stated').dropout).train(), autocast_dtype(torch.device('cpu'))
     opt, (xb, yb) = bare_sgd(model), fixed_batch(bs)
     steps = -(-source.n_train//bs)  # the last batch of an epoch is partial
 

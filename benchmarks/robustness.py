@@ -14,7 +14,7 @@ from PIL import Image
 from common import facts, options, parse, save
 from s9_fastai.cifar.load import load_cifar
 from s9_fastai.cifar.facts import CLASSES, MEAN, STD
-from s9_fastai.nets.tta import Mirrored
+from s9_fastai.nets.tta import FlipTTA
 from s9_fastai.nets.net import WEIGHTS, Net
 
 
@@ -53,7 +53,7 @@ def corrupted(images, f, strength, seed):
 def measure(net, test):
     "Counts of recognised images: of all, with a look at the mirror image too, by class, by corruption and severity"
     hit = recognised(net, test.images, test.labels)
-    mirrored = int(recognised(Mirrored(net), test.images, test.labels).sum())
+    mirrored = int(recognised(FlipTTA(net), test.images, test.labels).sum())
     by_class = {c: int(hit[test.labels == i].sum()) for i, c in enumerate(CLASSES)}
     harder = {nm: [int(recognised(net, corrupted(test.images, f, s, i), test.labels).sum())
                    for i, s in enumerate(strengths)] for nm, (f, strengths) in corruptions.items()}

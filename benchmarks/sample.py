@@ -19,18 +19,18 @@ from fastai.torch_core import set_seed
 from accuracy import curves
 from common import facts, here, save
 from s9_fastai.cifar.loaders import cifar_dls
-from s9_fastai.training.fast import number_format
+from s9_fastai.training.fast import autocast_dtype
 from s9_fastai.app.learner import s9_learner
 from s9_fastai.app.recipe import get_recipe
 
 changes = {  # fields of the recipe, by what is said of a variant; other batches come with epochs that take as long
-    'as it is': {}, 'rate, weight decay and averages of fast': dict(lr=0.3, wd=1e-3, average=0.03),
+    'as it is': {}, 'rate, weight decay and averages of fast': dict(lr=0.3, wd=1e-3, ema=0.03),
     '40 epochs': dict(epochs=40), 'batches of 128': dict(bs=128, epochs=36, lr=0.6),
     'batches of 32': dict(bs=32, epochs=20, lr=0.3), 'batches of 256': dict(bs=256, epochs=44, lr=0.9),
     'rate 0.2': dict(lr=0.2), 'rate 0.8': dict(lr=0.8),
-    'momentum 0.8': dict(mom=0.8), 'rise in two fifths': dict(rise=0.4), 'label smoothing 0.1': dict(label_smoothing=0.1),
-    'dropout 0.05': dict(dropout=0.05), 'a tenth of the weight decay': dict(wd=1e-3), 'without averages': dict(average=0.),
-    'averages a third as old': dict(average=0.03), 'flips by turns': dict(policy='alt_flip_crop'),
+    'momentum 0.8': dict(mom=0.8), 'rise in two fifths': dict(pct_start=0.4), 'label smoothing 0.1': dict(label_smoothing=0.1),
+    'dropout 0.05': dict(dropout=0.05), 'a tenth of the weight decay': dict(wd=1e-3), 'without averages': dict(ema=0.),
+    'averages a third as old': dict(ema=0.03), 'flips by turns': dict(policy='alt_flip_crop'),
     'cutout': dict(policy='flip_crop_cutout'), 'no augmentation': dict(policy='none')}
 
 
@@ -54,7 +54,7 @@ def train(todo, args):
     images = 'held-out' if args.held_out else 'test'
     return dict(what=what, seed=seed, measure=f'accuracy on the {images} images after the last epoch', unit='%', n=1,
                 values=[100*df.valid_accuracy.iloc[-1]], recipe=vars(recipe), steps=recipe.epochs*len(dls.train),
-                runs_at_once=args.jobs, number_format=str(number_format(torch.device('cpu')))[6:],
+                runs_at_once=args.jobs, autocast_dtype=str(autocast_dtype(torch.device('cpu')))[6:],
                 seconds=round(seconds, 1), history=curves(df), **facts())
 
 

@@ -22,7 +22,7 @@ from common import facts, here, save
 from s9_fastai.cifar.load import load_cifar
 from s9_fastai.cifar.loaders import cifar_dls
 from s9_fastai.data.loader import hold_out
-from s9_fastai.app.teacher import ask
+from s9_fastai.app.teacher import predict_logits
 from s9_fastai.training.fast import keep_freed_memory
 from s9_fastai.training.layers import fast_layers
 from s9_fastai.app.recipe import get_recipe
@@ -48,7 +48,7 @@ def make_learner(args):
     set_seed(args.seed)
     dls = cifar_dls(args.data, recipe.bs, seed=args.seed, policy=recipe.policy, augment=recipe.augment,
                     held_out=recipe.held_out, device=torch.device('cpu'))
-    cbs = [ChannelsLast, *recipe.scheduler(), *recipe.average_cbs()]
+    cbs = [ChannelsLast, *recipe.scheduler(), *recipe.ema_cbs()]
     learn = Learner(dls, fast_layers(network(args.width)), loss_func=recipe.loss_func(), opt_func=recipe.opt_func(),
                     lr=recipe.lr, wd=recipe.wd, metrics=accuracy)
     keep_freed_memory()
@@ -57,10 +57,10 @@ def make_learner(args):
     return learn.add_cbs([EpochRecorder(), *cbs])
 
 
-def right(answers, labels, held_out):
-    "How many of the held-out images the answers are right about"
+def right(teacher_logits, labels, held_out):
+    "How many of the held-out images the logits are right about"
     at = hold_out(labels, held_out)
-    return int((answers.logits[at].argmax(1).numpy() == labels[at]).sum())
+    return int((teacher_logits.logits[at].argmax(1).numpy() == labels[at]).sum())
 
 
 def line(learn, args, seconds, n_right):
@@ -81,7 +81,7 @@ def options():
     p.add_argument('--held-out', type=int, default=5000, help='training images that it does not see')
     p.add_argument('--seed', type=int, default=0, help='of weights, order and augmentation')
     p.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads of torch')
-    p.add_argument('--keep', type=Path, default=here.parent/'runs'/'teacher.safetensors', help='file of its answers')
+    p.add_argument('--keep', type=Path, default=here.parent/'runs'/'teacher.safetensors', help='file of its logits')
     p.add_argument('--out', type=Path, default=here/'results', help='folder of the JSON lines')
     args = p.parse_args()
     if args.held_out < 1: p.error(f'--held-out is {args.held_out}, but a teacher must be judged: give at least 10')
@@ -97,11 +97,11 @@ def main():
     learn.fit(args.epochs)
     about = dict(data_key=learn.dls.data_key, held_out=str(args.held_out))
     train = load_cifar(args.data).train
-    answers = ask(learn.model, train.images, **about)
-    answers.save(args.keep)
-    o = line(learn, args, perf_counter() - start, right(answers, train.labels, args.held_out))
+    teacher_logits = predict_logits(learn.model, train.images, **about)
+    teacher_logits.save(args.keep)
+    o = line(learn, args, perf_counter() - start, right(teacher_logits, train.labels, args.held_out))
     save([o], args.out)
-    print(f'{o["parameters"]:,} parameters: {o["values"][0]:.2f}% of the held-out images; its answers are in {args.keep}')
+    print(f'{o["parameters"]:,} parameters: {o["values"][0]:.2f}% of the held-out images; its logits are in {args.keep}')
 
 
 if __name__ == '__main__': main()

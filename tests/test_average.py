@@ -16,7 +16,7 @@ from torch import nn
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel
 
-from s9_fastai.training.ema import WeightAverage
+from s9_fastai.training.ema import EMA
 from s9_fastai.resume.checkpoint import Checkpoint
 from s9_fastai.app.learner import s9_learner
 from s9_fastai.app.recipe import get_recipe
@@ -43,7 +43,7 @@ def quiet(learn):
 def mean_so_far(steps): return torch.stack(steps).mean(0)
 
 
-def mk(age=0.5, cbs=(), **kwargs): return quiet(synth_learner(cbs=[WeightAverage(age), Keep(), *cbs], **kwargs))
+def mk(age=0.5, cbs=(), **kwargs): return quiet(synth_learner(cbs=[EMA(age), Keep(), *cbs], **kwargs))
 
 
 def test_each_validation_and_the_end_have_the_average():
@@ -90,8 +90,8 @@ def test_validate_and_lr_find_outside_of_a_fit(tmp_path):
     learn.fit(1)
     before, last = weights(learn), learn.keep.steps[-1]
     learn.validate(), learn.lr_find(num_it=5, show_plot=False)
-    kept = torch.cat([p.flatten() for p in learn.weight_average.learning])  # the weights that learnt
-    assert weights(learn).equal(before) and kept.equal(last) and learn.weight_average.is_out
+    kept = torch.cat([p.flatten() for p in learn.ema.learning])  # the weights that learnt
+    assert weights(learn).equal(before) and kept.equal(last) and learn.ema.is_out
 
 
 def test_the_model_that_is_saved_is_the_one_that_was_validated(tmp_path):
@@ -107,7 +107,7 @@ def test_running_statistics_are_averaged_and_counters_are_not():
     class Statistics(Callback):
         order, seen = 21, []
         def after_step(self): self.seen.append([o.clone() for o in self.learn.model.buffers()])
-    recipe, cbs = get_recipe(n_channels=4, sched='none', compute='plain'), [WeightAverage(0.5), Statistics()]
+    recipe, cbs = get_recipe(n_channels=4, sched='none', compute='plain'), [EMA(0.5), Statistics()]
     learn = quiet(s9_learner(synth_dls(64), recipe, cbs=cbs))
     learn.fit(2)
     assert len(cbs[1].seen) == learn.model.conv1.norm.num_batches_tracked == 8
@@ -192,7 +192,7 @@ def by_hand(steps):
 
 def special(name, cbs=(), **kwargs):
     torch.manual_seed(0)
-    return quiet(synth_learner(model=Hidden(layers[name]()), cbs=[WeightAverage(0.5), KeepAll(), *cbs], **kwargs))
+    return quiet(synth_learner(model=Hidden(layers[name]()), cbs=[EMA(0.5), KeepAll(), *cbs], **kwargs))
 
 
 @pytest.mark.filterwarnings('ignore')  # of torch, that the old norms are old
@@ -211,7 +211,7 @@ def test_any_layer_has_its_mean(name):
 def test_16_bits_do_not_round_a_small_step_away():
     "A weight that moves by 1 each time, far from 0 in steps of bfloat16: its mean over 200 steps is exact before the last rounding"
     model = nn.Linear(1, 1, bias=False, dtype=torch.bfloat16)
-    cb, w = WeightAverage(0.5), model.weight.data
+    cb, w = EMA(0.5), model.weight.data
     cb.learn = SimpleNamespace(model=model, lock=threading.Lock())
     w.fill_(0)
     cb.before_fit()
@@ -237,7 +237,7 @@ def test_it_is_torchs_averaged_model_for_a_plain_network(age):
         def after_step(self): self.avg.update_parameters(self.model)
     set_seed(0)
     recipe = get_recipe(n_channels=4, sched='none', compute='plain')
-    learn = quiet(s9_learner(synth_dls(64), recipe, cbs=[WeightAverage(age), Theirs()]))
+    learn = quiet(s9_learner(synth_dls(64), recipe, cbs=[EMA(age), Theirs()]))
     with learn.no_bar(): learn.fit(3)
     want = learn.theirs.avg.module.state_dict()
     for k, v in learn.model.state_dict().items(): assert torch.equal(v, want[k]), k
@@ -289,7 +289,7 @@ class BreakOff(Callback):
 @pytest.mark.parametrize('name', ['recurrent', 'tied', 'weird', 'weight', 'bfloat16', 'norm'])
 def test_a_checkpoint_keeps_it_to_the_bit(name, tmp_path, monkeypatch):
     def make(run): return special(name, [Checkpoint(tmp_path/run), BreakOff()])
-    def state(learn): return learn.model.state_dict(), learn.weight_average.learning, learn.weight_average.n_averaged
+    def state(learn): return learn.model.state_dict(), learn.ema.learning, learn.ema.n_averaged
     whole, broken = make('whole'), make('broken')
     with whole.no_bar(): whole.fit(3)
     monkeypatch.setattr(BreakOff, 'at', 1)  # an attribute of the callback itself would be kept
@@ -303,7 +303,7 @@ def test_a_checkpoint_keeps_it_to_the_bit(name, tmp_path, monkeypatch):
 
 
 def test_averages_of_another_model_are_refused():
-    cb = WeightAverage()
+    cb = EMA()
     cb.learn, cb.avg = SimpleNamespace(model=nn.Linear(2, 2)), [torch.zeros(2, 2), torch.zeros(1)]
     with pytest.raises(ValueError, match='averages of another model'): cb.resumed()
 
@@ -314,7 +314,7 @@ def test_it_is_copied_and_exported_without_the_averages(tmp_path):
     learn.remove_cb(Keep)
     learn.export('model.pkl')
     with pytest.warns(UserWarning, match='pickle'): again = load_learner(tmp_path/'model.pkl')
-    assert weights(again).equal(weights(learn)) and again.weight_average.avg == [] and not again.weight_average.is_out
+    assert weights(again).equal(weights(learn)) and again.ema.avg == [] and not again.ema.is_out
 
 
 def test_a_fit_that_is_broken_off_leaves_a_learner_that_fits():

@@ -15,8 +15,8 @@ from safetensors.torch import load_file
 from s9_fastai.cifar.load import load_cifar
 from s9_fastai.cifar.loaders import cifar_dls
 from s9_fastai.data.loader import hold_out
-from s9_fastai.app.teacher import packaged_answers
-from s9_fastai.training.distill import Answers
+from s9_fastai.app.teacher import packaged_logits
+from s9_fastai.training.distill import TeacherLogits
 from s9_fastai.app.learner import s9_learner
 from s9_fastai.app.recipe import get_recipe
 from s9_fastai.app.command import BadInput
@@ -40,8 +40,8 @@ def same_weights(a, b):
 
 
 def test_it_says_who_taught(pupil):
-    answers = Answers.load(pupil/'teacher.safetensors')
-    assert json.loads((pupil/'recipe.json').read_text())['teacher'] == answers.key and answers.logits.shape == (2000, 10)
+    teacher_logits = TeacherLogits.load(pupil/'teacher.safetensors')
+    assert json.loads((pupil/'recipe.json').read_text())['teacher'] == teacher_logits.key and teacher_logits.logits.shape == (2000, 10)
 
 
 def test_the_teacher_matters(pupil, tmp_path):
@@ -66,7 +66,7 @@ def test_stopped_in_an_epoch_it_goes_on_to_the_bit(pupil, tmp_path):
 
 def test_no_other_answers_are_taken(pupil, tmp_path):
     run = Path(shutil.copytree(pupil, tmp_path/'run'))
-    Answers(torch.zeros(2000, 10)).save(run/'teacher.safetensors')
+    TeacherLogits(torch.zeros(2000, 10)).save(run/'teacher.safetensors')
     with pytest.raises(BadInput, match='settings have changed since the run stopped: teacher was'): s9_train(resume=run, epochs=3)
     (run/'teacher.safetensors').write_bytes(b'PK')
     with pytest.raises(BadInput, match='teacher.safetensors: a pickle, which could run code, is refused'): s9_train(resume=run, epochs=3)
@@ -74,10 +74,10 @@ def test_no_other_answers_are_taken(pupil, tmp_path):
     with pytest.raises(BadInput, match='teacher.safetensors'): s9_train(resume=run, epochs=3)
 
 
-@pytest.mark.parametrize('shape, said', [((1999, 10), 'has answers for 1999 images, but'), ((2000, 9), 'knows 9 classes, but')])
+@pytest.mark.parametrize('shape, said', [((1999, 10), 'has logits for 1999 images, but'), ((2000, 9), 'knows 9 classes, but')])
 def test_answers_that_do_not_fit_are_refused_before_a_folder_is_made(pupil, tmp_path, shape, said):
-    about = Answers.load(pupil/'teacher.safetensors').about  # of the right data, as somebody could forge it
-    Answers(torch.zeros(shape), **about).save(tmp_path/'forged.safetensors')
+    about = TeacherLogits.load(pupil/'teacher.safetensors').about  # of the right data, as somebody could forge it
+    TeacherLogits(torch.zeros(shape), **about).save(tmp_path/'forged.safetensors')
     with pytest.raises(BadInput, match=said): s9_train(**options, teacher=tmp_path/'forged.safetensors', out=tmp_path/'run')
     assert not (tmp_path/'run').exists()
 
@@ -85,9 +85,9 @@ def test_answers_that_do_not_fit_are_refused_before_a_folder_is_made(pupil, tmp_
 @pytest.mark.skipif(not os.environ.get('S9_CIFAR10'), reason='S9_CIFAR10 does not name the full CIFAR-10')
 def test_the_teacher_in_the_package_knows_images_that_it_has_not_seen():
     data, dls = load_cifar(os.environ['S9_CIFAR10']), cifar_dls(os.environ['S9_CIFAR10'], device='cpu')
-    right = packaged_answers(dls).logits.argmax(1).numpy() == data.train.labels
+    right = packaged_logits(dls).logits.argmax(1).numpy() == data.train.labels
     assert right[hold_out(data.train.labels, 5000)].sum() == 4662 and right.mean() > 0.98
     learn = s9_learner(dls, get_recipe('fast', distill=0.9))
-    assert learn.distill.answers.key == packaged_answers(dls).key
+    assert learn.distill.teacher_logits.key == packaged_logits(dls).key
     with pytest.raises(ValueError, match='the teacher in the package: this teacher was trained with held_out 5000, .* train one with held_out 4000'):
-        packaged_answers(cifar_dls(os.environ['S9_CIFAR10'], held_out=4000, device='cpu'))
+        packaged_logits(cifar_dls(os.environ['S9_CIFAR10'], held_out=4000, device='cpu'))

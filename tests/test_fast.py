@@ -23,7 +23,7 @@ from fastai.torch_core import params, set_seed
 from fastcore.basics import noop
 from torch import nn
 
-from s9_fastai.training.fast import Autocast, ChannelsLast2d, FastSGD, _is_intel, keep_freed_memory, number_format
+from s9_fastai.training.fast import Autocast, ChannelsLast2d, FastSGD, _is_intel, keep_freed_memory, autocast_dtype
 from s9_fastai.training.layers import FastBatchNorm2d, FastDropout, FoldedBatchNorm, fast_layers, fold_rows
 from s9_fastai.app.learner import s9_learner
 from s9_fastai.app.recipe import get_recipe
@@ -218,7 +218,7 @@ def test_fast_and_plain_nets_have_the_same_gradients():
 def test_the_processor_is_asked(monkeypatch):
     monkeypatch.setattr('platform.machine', lambda: 'arm64')
     monkeypatch.setattr(torch.backends.mkldnn, 'is_available', lambda: False)  # as in builds for macOS
-    assert number_format(torch.device('cpu')) == torch.float32
+    assert autocast_dtype(torch.device('cpu')) == torch.float32
     monkeypatch.setattr('platform.machine', lambda: 'x86_64')
     for cpu, avx512, amx, fast in (('AMD EPYC', True, False, True), ('AMD EPYC', False, False, False), ('Intel(R) Xeon(R) Processor', True, False, False),
                                    ('Intel(R) Xeon(R) Processor', True, True, True), ('Intel64 Family 6, GenuineIntel', True, False, False)):
@@ -226,9 +226,9 @@ def test_the_processor_is_asked(monkeypatch):
         _is_intel.cache_clear()
         monkeypatch.setattr(torch.cpu, '_is_avx512_bf16_supported', lambda: avx512)
         monkeypatch.setattr(torch.cpu, '_is_amx_tile_supported', lambda: amx)
-        assert number_format(torch.device('cpu')) == (torch.bfloat16 if fast else torch.float32)
+        assert autocast_dtype(torch.device('cpu')) == (torch.bfloat16 if fast else torch.float32)
     _is_intel.cache_clear()
-    assert number_format(torch.device('meta')) == torch.float32
+    assert autocast_dtype(torch.device('meta')) == torch.float32
 
 
 class Spy(Callback):
@@ -242,7 +242,7 @@ class Spy(Callback):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16], ids=['float32', 'bfloat16'])
 def test_autocast_runs_the_model_and_nothing_else(dtype, monkeypatch):
-    monkeypatch.setattr('s9_fastai.training.fast.number_format', lambda device: dtype)
+    monkeypatch.setattr('s9_fastai.training.fast.autocast_dtype', lambda device: dtype)
     spy = Spy()
     learn = synth_learner(model=Net(), cbs=[Autocast(), spy], metrics=accuracy)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
@@ -252,7 +252,7 @@ def test_autocast_runs_the_model_and_nothing_else(dtype, monkeypatch):
 
 @pytest.mark.parametrize('error', [KeyboardInterrupt, RuntimeError])
 def test_an_interrupt_in_the_model_leaves_no_autocast(error, monkeypatch):
-    monkeypatch.setattr('s9_fastai.training.fast.number_format', lambda device: torch.bfloat16)
+    monkeypatch.setattr('s9_fastai.training.fast.autocast_dtype', lambda device: torch.bfloat16)
     learn = synth_learner(model=Net(), cbs=Autocast())
     def fail(*_): raise error()
     handle = learn.model.conv9.register_forward_hook(fail)
@@ -283,7 +283,7 @@ class Odd(nn.Module):
 
 @pytest.mark.parametrize('kind', [None, dict, OrderedDict, namedtuple('Out', 'logits rest')], ids=str)
 def test_any_inputs_and_outputs_go_through_autocast(kind, monkeypatch):
-    monkeypatch.setattr('s9_fastai.training.fast.number_format', lambda device: torch.bfloat16)
+    monkeypatch.setattr('s9_fastai.training.fast.autocast_dtype', lambda device: torch.bfloat16)
     model, cb = Odd(kind), Autocast()
     cb.learn = learn = SimpleNamespace(model=model)
     cb.before_batch()
@@ -298,7 +298,7 @@ def test_any_inputs_and_outputs_go_through_autocast(kind, monkeypatch):
 
 
 def test_a_cancelled_batch_leaves_no_autocast(monkeypatch):
-    monkeypatch.setattr('s9_fastai.training.fast.number_format', lambda device: torch.bfloat16)
+    monkeypatch.setattr('s9_fastai.training.fast.autocast_dtype', lambda device: torch.bfloat16)
     class Cancel(Callback):
         order = 11
         def before_batch(self): raise CancelBatchException
@@ -310,7 +310,7 @@ def test_a_cancelled_batch_leaves_no_autocast(monkeypatch):
 @pytest.mark.parametrize('wrap', [torch.jit.script, partial(torch.compile, backend='eager'), torch.fx.symbolic_trace, nn.DataParallel],
                          ids=['script', 'compile', 'fx', 'parallel'])
 def test_models_of_other_kinds_train(wrap, monkeypatch):
-    monkeypatch.setattr('s9_fastai.training.fast.number_format', lambda device: torch.bfloat16)
+    monkeypatch.setattr('s9_fastai.training.fast.autocast_dtype', lambda device: torch.bfloat16)
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
     learn = synth_learner(model=wrap(model)).to_fast()
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
@@ -478,7 +478,7 @@ def test_to_plain_keeps_what_was_channels_last_before():
 
 
 def test_to_plain_after_an_interrupt(monkeypatch):
-    monkeypatch.setattr('s9_fastai.training.fast.number_format', lambda device: torch.bfloat16)
+    monkeypatch.setattr('s9_fastai.training.fast.autocast_dtype', lambda device: torch.bfloat16)
     class Break(Callback):
         order = 11
         def before_batch(self): raise KeyboardInterrupt

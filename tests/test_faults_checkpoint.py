@@ -23,7 +23,7 @@ from s9_fastai.resume.checkpoint import Checkpoint
 from s9_fastai.app.command import plain_message
 from s9_fastai.app.recipe import get_recipe
 from s9_fastai.nets.net import Net, load_original
-from s9_fastai.resume.saved import CannotGoOn, newest_checkpoint, read_checkpoint
+from s9_fastai.resume.saved import ResumeError, newest_checkpoint, read_checkpoint
 from s9_fastai.core.weights import load_weights, read_tensors, save_weights, write_tensors
 from s9_fastai.resume.state import read_state, write_state
 
@@ -148,7 +148,7 @@ def test_the_newest_checkpoint_is_something_else(run, whole, fault, what):  # no
 def test_all_checkpoints_are_damaged(run, fault):
     for p in files(run): p.write_bytes(p.read_bytes()[:500])
     before = contents(run)
-    fault('checkpoints', 'all checkpoints damaged', message(CannotGoOn, mk(run).fit, 3))
+    fault('checkpoints', 'all checkpoints damaged', message(ResumeError, mk(run).fit, 3))
     assert contents(run) == before
 
 
@@ -175,9 +175,9 @@ def test_a_checkpoint_of_another_net(run, fault):
     before = contents(run)
     for what, kwargs in {'another architecture': dict(norm='gn'), 'another n_channels': dict(n_channels=8)}.items():
         recipe = get_recipe(**{**dict(n_channels=4, step_size=2, compute='plain'), **kwargs})
-        fault('checkpoints', f'a checkpoint of {what}', message(CannotGoOn, mk(run, recipe=recipe).fit, 3))
+        fault('checkpoints', f'a checkpoint of {what}', message(ResumeError, mk(run, recipe=recipe).fit, 3))
         with pytest.warns(UserWarning, match='goes on with changed settings'):
-            fault('checkpoints', f'a checkpoint of {what}, forced', message(CannotGoOn, mk(run, recipe=recipe, force=True).fit, 3))
+            fault('checkpoints', f'a checkpoint of {what}, forced', message(ResumeError, mk(run, recipe=recipe, force=True).fit, 3))
     assert contents(run) == before
 
 
@@ -192,7 +192,7 @@ def test_a_log_that_was_changed_by_hand(run, whole, fault, nm):  # noqa: F811
         path.write_bytes(right)
         do()
         before = contents(run)
-        msg = message(CannotGoOn, mk(run).fit, 3)
+        msg = message(ResumeError, mk(run).fit, 3)
         now = f'has {path.stat().st_size} bytes' if path.exists() else 'is gone'
         assert f'{nm} {now}, but had {len(right)} bytes when the run stopped: put it back' in msg
         fault('checkpoints', f'{nm} {what}', re.sub(r'\d+ bytes', '… bytes', msg))  # the digits of a loss differ with the number of threads
@@ -207,7 +207,7 @@ def test_a_log_that_was_changed_by_hand(run, whole, fault, nm):  # noqa: F811
 def test_a_history_without_a_checkpoint(run, fault):
     shutil.rmtree(run/'checkpoints')
     for nm in ('history.csv', 'log.txt'):
-        fault('checkpoints', f'the {nm} of a run without a checkpoint', message(CannotGoOn, mk(run).fit, 3))
+        fault('checkpoints', f'the {nm} of a run without a checkpoint', message(ResumeError, mk(run).fit, 3))
         (run/nm).unlink()
 
 
@@ -217,7 +217,7 @@ def test_two_processes(tmp_path, fault, here):  # noqa: F811
     p = command('--epochs', 50, '--out', run_dir, cwd=tmp_path)
     assert any('epoch   1' in ln for ln in p.stdout)
     told = (run_dir/'recipe.json').read_bytes()
-    fault('checkpoints', 'two Learners in one folder', message(CannotGoOn, mk(run_dir).fit, 3))
+    fault('checkpoints', 'two Learners in one folder', message(ResumeError, mk(run_dir).fit, 3))
     code, _, err = here('--resume', run_dir, '--epochs', 60)
     assert code == 2 and err.count('\n') == 1 and (run_dir/'recipe.json').read_bytes() == told
     fault('checkpoints', 's9_train twice in one folder', err)

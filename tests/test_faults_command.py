@@ -232,7 +232,7 @@ read = {  # fault: options, and what the message says
     'a weight for a teacher, but none for these images': ('--distill 0.9', 'the teacher in the package: a teacher of other images than these: take one trained on the same data'),
     'an option that the schedule has no use for': ('--recipe fast --step-size 3', "step_size is 3, but sched is 'triangle', which has no use for it: leave it out, or take sched 'step'"),
     'a teacher that is nowhere': ('--distill 0.9 --teacher nowhere', 'nowhere: no recipe.json there; name the folder of a run of s9_train'),
-    'a teacher, but no weight for it': ('--teacher nowhere', '--teacher goes with a weight for its answers: add --distill 0.9'),
+    'a teacher, but no weight for it': ('--teacher nowhere', '--teacher goes with a weight for its logits: add --distill 0.9'),
     'a new run, forced': ('--force', '--force goes with --resume: a new run has nothing to force'),
 }
 

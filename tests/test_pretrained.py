@@ -16,7 +16,7 @@ from s9_fastai.cifar.load import load_cifar
 from s9_fastai.cifar.loaders import cifar_dls
 from s9_fastai.app.learner import s9_learner
 from s9_fastai.app.recipe import get_recipe
-from s9_fastai.nets.tta import Mirrored
+from s9_fastai.nets.tta import FlipTTA
 from s9_fastai.nets.net import WEIGHTS, Net
 from s9_fastai.app.predict import main_predict
 
@@ -33,7 +33,7 @@ def test_the_exact_count_of_the_test_images():
     test = load_cifar(os.environ['S9_CIFAR10']).test
     net = Net.pretrained()
     assert recognised(net, test.images, test.labels).sum() == lines[-1]['correct'] > 8543
-    assert recognised(Mirrored(net), test.images, test.labels).sum() == lines[-1]['mirrored'] > lines[-1]['correct']
+    assert recognised(FlipTTA(net), test.images, test.labels).sum() == lines[-1]['mirrored'] > lines[-1]['correct']
 
 
 def test_the_card_is_what_the_results_say():

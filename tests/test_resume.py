@@ -30,7 +30,7 @@ from s9_fastai.app.learner import s9_learner
 from s9_fastai.app.recipe import get_recipe
 from s9_fastai.training.record import RunLog
 from s9_fastai.resume.learner import SkipTo
-from s9_fastai.resume.saved import CannotGoOn, Place, newest_checkpoint
+from s9_fastai.resume.saved import ResumeError, Place, newest_checkpoint
 from s9_fastai.core.signals import Stopped
 from s9_fastai.test_utils import synth_dls, synth_groups, synth_images, synth_learner
 
@@ -133,7 +133,7 @@ def test_a_signal_at_each_batch_of_a_run(tmp_path, num, monkeypatch):
     assert sorted(done[n:]) == sorted(done[:n]) and len(set(done)) == n
 
 
-short = dict(n_channels=4, opt='muon', sched='triangle', average=0.2, label_smoothing=0.1, wd=0.01, compute='plain')
+short = dict(n_channels=4, opt='muon', sched='triangle', ema=0.2, label_smoothing=0.1, wd=0.01, compute='plain')
 
 
 @pytest.mark.parametrize('num, places', [(None, everywhere[2:8]), (signal.SIGTERM, everywhere[3:14:2])])
@@ -145,7 +145,7 @@ def test_an_end_in_training_and_validation_with_averages(tmp_path, num, places, 
 
 @pytest.mark.parametrize('opt', ['nesterov', 'muon'])
 def test_the_optimizers_of_recipes(tmp_path, opt):
-    check(tmp_path, [(0, 1, True, 2)], recipe=get_recipe(**{**short, 'opt': opt, 'average': 0.}), save_every=1)
+    check(tmp_path, [(0, 1, True, 2)], recipe=get_recipe(**{**short, 'opt': opt, 'ema': 0.}), save_every=1)
 
 
 @pytest.mark.parametrize('augment, workers, compute', [('item', 2, 'plain'), ('batch', 0, 'fast'), ('batch', 1, 'plain'), ('item', 0, 'fast')])
@@ -323,7 +323,7 @@ def test_a_change_is_named_and_refused(tmp_path, name):
     Break.at, Break.fits = (0, 1, True, 2), 0
     with pytest.raises(SystemError): first(plain_learner(tmp_path/'run'))
     files = {p: p.read_bytes() for p in (tmp_path/'run').rglob('*') if p.is_file()}
-    with pytest.raises(CannotGoOn, match=f'settings have changed since the run stopped: .*{name} was .*, is '): fit(plain_learner(tmp_path/'run', **kwargs))
+    with pytest.raises(ResumeError, match=f'settings have changed since the run stopped: .*{name} was .*, is '): fit(plain_learner(tmp_path/'run', **kwargs))
     assert {p: p.read_bytes() for p in (tmp_path/'run').rglob('*') if p.is_file()} == files
     first(plain_learner(tmp_path/'run'))
 
@@ -333,7 +333,7 @@ def test_a_version_that_changed_is_named_and_refused(tmp_path, monkeypatch):
     import s9_fastai.resume.settings as module
     told = module.environment()
     monkeypatch.setattr(module, 'environment', lambda: {**told, 'torch': '1.0'})
-    with pytest.raises(CannotGoOn, match='torch was .*, is 1.0'): plain_learner(tmp_path/'run').fit(4, 0.1)
+    with pytest.raises(ResumeError, match='torch was .*, is 1.0'): plain_learner(tmp_path/'run').fit(4, 0.1)
     with pytest.warns(UserWarning, match='goes on with changed settings: torch was'): plain_learner(tmp_path/'run', force=True).fit(4, 0.1)
 
 
@@ -346,7 +346,7 @@ def test_a_display_may_change(tmp_path):
 
 def test_fewer_epochs_than_there_were_are_refused(tmp_path):
     fit3(plain_learner(tmp_path/'run'))
-    with pytest.raises(CannotGoOn, match='n_epoch was 3, is 2'): plain_learner(tmp_path/'run').fit(2, 0.1)
+    with pytest.raises(ResumeError, match='n_epoch was 3, is 2'): plain_learner(tmp_path/'run').fit(2, 0.1)
 
 
 def test_a_folder_with_a_history_and_no_checkpoint_is_refused(tmp_path):
@@ -354,7 +354,7 @@ def test_a_folder_with_a_history_and_no_checkpoint_is_refused(tmp_path):
     fit3(plain_learner(tmp_path/'run'))
     for p in (tmp_path/'run'/'checkpoints').glob('0*'): p.unlink()
     text = (tmp_path/'run'/'log.txt').read_text()
-    with pytest.raises(CannotGoOn, match='has the history of a run, but no checkpoint'): fit3(plain_learner(tmp_path/'run'))
+    with pytest.raises(ResumeError, match='has the history of a run, but no checkpoint'): fit3(plain_learner(tmp_path/'run'))
     assert (tmp_path/'run'/'log.txt').read_text() == text
 
 

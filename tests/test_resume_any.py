@@ -30,7 +30,7 @@ from torch.utils.data import IterableDataset, RandomSampler, TensorDataset, Weig
 
 from s9_fastai.resume.checkpoint import Checkpoint
 from s9_fastai.augment.keys import KeyedDL
-from s9_fastai.resume.saved import CannotGoOn
+from s9_fastai.resume.saved import ResumeError
 from s9_fastai.test_utils import synth_dls, synth_groups, synth_learner, synth_model
 
 EPOCHS = 3
@@ -306,7 +306,7 @@ def test_what_cannot_be_kept_is_named_once_and_refused(tmp_path):
     def make(): return synth_learner(cbs=Lost())
     with pytest.warns(UserWarning, match=r'lost\.lines changed in this fit and cannot be saved') as found: fit(make, tmp_path, 0, 2)
     assert len([o for o in found if 'cannot be saved' in str(o.message)]) == 1
-    with pytest.raises(CannotGoOn, match=r'lost\.lines had changed and could not be saved, .*give its class state_dict and load_state_dict, or the attribute to not_saved'): fit(make, tmp_path, 1)
+    with pytest.raises(ResumeError, match=r'lost\.lines had changed and could not be saved, .*give its class state_dict and load_state_dict, or the attribute to not_saved'): fit(make, tmp_path, 1)
     with pytest.warns(UserWarning, match='lost.lines had changed .* goes on without'): fit(make, tmp_path, 1, force=True)
 
 
@@ -408,7 +408,7 @@ changes = {'model': (lambda p: synth_learner(model=drop(p)), 0.1, 0.2), 'model '
 def test_a_changed_setting_is_named(tmp_path, name):
     make, then, now = changes[name]
     fit(partial(make, then), tmp_path, 0, 1)
-    with pytest.raises(CannotGoOn, match=f'settings have changed since the run stopped: {name.strip()} was ') as e: fit(partial(make, now), tmp_path, 0)
+    with pytest.raises(ResumeError, match=f'settings have changed since the run stopped: {name.strip()} was ') as e: fit(partial(make, now), tmp_path, 0)
     assert 'function' not in str(e.value) and ' at 0x' not in str(e.value)
     fit(partial(make, then), tmp_path, 0)
 
@@ -442,9 +442,9 @@ def test_another_split_of_the_same_images_is_refused(tmp_path):
     def make(idxs, vocab=10): return lambda: synth_learner(split_dls(idxs, vocab))
     a, b = [*range(32)], [*range(16, 48)]
     fit(make(a), tmp_path, 0)
-    with pytest.raises(CannotGoOn, match=r'items was 32 items, \w+, is 32 items, \w+ \(these are other items, or another split of them: give the splitter a seed'): fit(make(b), tmp_path, 0)
-    with pytest.raises(CannotGoOn, match='valid_items was 16 items'): fit(make(b), tmp_path, 0)
-    with pytest.raises(CannotGoOn, match='vocab was'): fit(make(a, 11), tmp_path, 0)
+    with pytest.raises(ResumeError, match=r'items was 32 items, \w+, is 32 items, \w+ \(these are other items, or another split of them: give the splitter a seed'): fit(make(b), tmp_path, 0)
+    with pytest.raises(ResumeError, match='valid_items was 16 items'): fit(make(b), tmp_path, 0)
+    with pytest.raises(ResumeError, match='vocab was'): fit(make(a, 11), tmp_path, 0)
     fit(make(a), tmp_path, 0)
 
 
@@ -453,7 +453,7 @@ def test_a_display_may_come_or_go_and_a_callback_is_named_alone(tmp_path):
     class Printing(Callback): "Changes nothing, but nobody can see that"
     fit(synth_learner, tmp_path, 0, 1)
     fit(lambda: synth_learner(cbs=[Shown(), CSVLogger(tmp_path/'x.csv')]), tmp_path, 0, 2)
-    with pytest.raises(CannotGoOn, match='stopped: callback printing was nothing, is printing. Set'): fit(lambda: synth_learner(cbs=Printing()), tmp_path, 0)
+    with pytest.raises(ResumeError, match='stopped: callback printing was nothing, is printing. Set'): fit(lambda: synth_learner(cbs=Printing()), tmp_path, 0)
     fit(synth_learner, tmp_path, 0)
 
 

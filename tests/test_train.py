@@ -121,7 +121,7 @@ def test_whole_batches_and_plain_layers(tmp_path):
     a, b = (load_file(tmp_path/w/'weights.safetensors') for w in '02')
     assert all((a[k] == b[k]).all() for k in a)
     told = json.loads((tmp_path/'0'/'recipe.json').read_text())
-    assert (told['augment'], told['compute'], told['number_format']) == ('batch', 'plain', 'float32')
+    assert (told['augment'], told['compute'], told['autocast_dtype']) == ('batch', 'plain', 'float32')
 
 
 def test_every_field_of_the_recipe_is_an_option():

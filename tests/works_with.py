@@ -29,11 +29,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from s9_fastai.augment.item import AlbumentationsTransform
-from s9_fastai.training.ema import WeightAverage
+from s9_fastai.training.ema import EMA
 from s9_fastai.augment.batch import BatchAugment
 from s9_fastai.resume.checkpoint import Checkpoint
 from s9_fastai.cifar.facts import CLASSES
-from s9_fastai.training.distill import Answers, Distill
+from s9_fastai.training.distill import TeacherLogits, Distill
 from s9_fastai.report.plots import misclassified
 from s9_fastai.training.muon import FastMuon
 from s9_fastai.training.schedule import StepLR
@@ -87,7 +87,7 @@ def new(learner, **kwargs): return quiet(make(learner, **kwargs))
 
 class Steps(Callback):
     "Keeps what `look` sees at `event`, and ends the fit after `n` times"
-    order = 15  # after the optimizer has stepped, before `WeightAverage` (20)
+    order = 15  # after the optimizer has stepped, before `EMA` (20)
     def __init__(self, event, look, n=None):
         self.look, self.n, self.seen = look, n, []
         setattr(self, event, self.note)
@@ -132,7 +132,7 @@ def gradients(learner, to_fast, *cbs):
     if to_fast:
         for m in learn.to_fast().model.modules(): m.least = 0  # batch norms: the fast way for small batches too
     else: learn.add_cb(ChannelsLast())
-    with patch('s9_fastai.training.fast.number_format', lambda device: torch.float32): learn.fit(1, cbs=[steps, *cbs])
+    with patch('s9_fastai.training.fast.autocast_dtype', lambda device: torch.float32): learn.fit(1, cbs=[steps, *cbs])
     return steps.seen[0], sum(n), len(n)
 
 
@@ -170,13 +170,13 @@ def end_state(learn):
 
 @check('checkpoint')
 def check_checkpoint(learner, tmp):
-    "`Checkpoint`, beside `WeightAverage` and `StepLR`: broken off in its second epoch and resumed by a new Learner, a fit ends in the same bits as without a break"
+    "`Checkpoint`, beside `EMA` and `StepLR`: broken off in its second epoch and resumed by a new Learner, a fit ends in the same bits as without a break"
     warnings.filterwarnings('error', message='.*cannot be saved')
     ends = []
     for folder, breaks, seed in (('whole', False, 0), ('broken', True, 0), ('broken', False, 1)):  # a new process has other random numbers
         learn, Break.is_on = new(learner), breaks
         torch.manual_seed(seed)
-        try: learn.fit(2, cbs=[WeightAverage(), StepLR(step_size=1), Checkpoint(tmp/folder), Break()])
+        try: learn.fit(2, cbs=[EMA(), StepLR(step_size=1), Checkpoint(tmp/folder), Break()])
         except SystemError: continue
         ends.append(end_state(learn))
     (whole, *rows), (resumed, *rows_resumed) = ends
@@ -188,9 +188,9 @@ def check_checkpoint(learner, tmp):
 
 @check('EMA')
 def check_average(learner, tmp):
-    "`WeightAverage`: a fit ends with the moving average that its formula gives by hand, running statistics too"
+    "`EMA`: a fit ends with the moving average that its formula gives by hand, running statistics too"
     learn, steps, age = new(learner), Steps('after_step', lambda learn: tensors(learn.model)), 0.2
-    learn.fit(2, cbs=[WeightAverage(age), steps])
+    learn.fit(2, cbs=[EMA(age), steps])
     want = {k: v.double() for k, v in steps.seen[0].items()}
     for n, state in enumerate(steps.seen[1:], 1):
         weight = 1 - (1 - 1/(n + 1))**(1/age - 1)
@@ -267,7 +267,7 @@ def check_distill(learner, tmp):
     learn = new(learner, **({'keyed': True} if 'keyed' in known_options(learner) else {}))
     logits = torch.randn(n_train, 2 if learner == 'siamese' else 10, generator=torch.Generator().manual_seed(5)).half().float()
     seen = Steps('after_loss', lambda learn: (learn.xb[0].clone(), learn.yb[0].clone(), learn.pred.detach().clone(), learn.loss_grad.item()), 1)
-    learn.fit(1, cbs=[Distill(Answers(logits), weight=0.7, temperature=3., spread=2.), seen])
+    learn.fit(1, cbs=[Distill(TeacherLogits(logits), weight=0.7, temperature=3., spread=2.), seen])
     x, y, pred, got = seen.seen[0]
     items = torch.cat([b[0] for b in learn.dls.train.new(shuffle=False, drop_last=False)])
     which = [next(i for i, item in enumerate(items) if item.equal(o)) for o in x]  # found by their pixels

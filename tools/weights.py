@@ -44,7 +44,7 @@ TEXT = """# Model card of `net.safetensors`
 
 A `Net` of {parameters:,} parameters, float32, for `Net.pretrained()`, `s9_learner(dls, pretrained=True)` and `s9_predict`.
 
-**Accuracy: {correct} of the {n_test:,} test images of CIFAR-10 ({part:.2%}), counted in float32.** `s9_predict` looks at each mirror image too (`Mirrored`), and recognises {mirrored}. The recipe reaches {mean:.2f}% (mean over seeds {seeds}; n = {n}{spread}; {number_format}).
+**Accuracy: {correct} of the {n_test:,} test images of CIFAR-10 ({part:.2%}), counted in float32.** `s9_predict` looks at each mirror image too (`FlipTTA`), and recognises {mirrored}. The recipe reaches {mean:.2f}% (mean over seeds {seeds}; n = {n}{spread}; {autocast_dtype}).
 These are the weights of seed {seed}, which was not chosen by its accuracy.
 
 - **Data.** The 50,000 training images of CIFAR-10 (Krizhevsky, *Learning Multiple Layers of Features from Tiny Images*, 2009), all of them; no other images. {teacher}The recipe was chosen on 5,000 of them that were held out.

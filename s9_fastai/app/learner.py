@@ -20,7 +20,7 @@ from fastcore.foundation import L
 from ..resume.checkpoint import Checkpoint
 from ..training.guards import FiniteLoss, NoNormDecay
 from ..core.paths import given_path
-from ..training.distill import Answers
+from ..training.distill import TeacherLogits
 from ..cifar.facts import CLASSES
 from .inputs import check_batches, check_inputs, n_outputs
 from ..nets.net import WEIGHTS
@@ -71,7 +71,7 @@ def s9_learner(
     run_dir=None, # Folder for log, history and checkpoints of a new run or one to go on with; None: none are written
     save_every:int|None=None, # Save a checkpoint after so many batches too; None: after each epoch
     force:bool=False, # Go on although settings have changed since the run in `run_dir` stopped?
-    answers:Answers|None=None, # Of a teacher, see `ask`, for a recipe with `distill`; None: of the one in the package
+    teacher_logits:TeacherLogits|None=None, # From `predict_logits`, for a recipe with `distill`; None: the package's
     pretrained:bool=False, # Begin with the weights that come with the package? A ValueError if they do not fit
     **kwargs # For `Learner`, such as `cbs` or `path`, or `opt_func` in place of the recipe's
 )->Learner:
@@ -88,7 +88,7 @@ def s9_learner(
     if recipe.compute == 'fast': learn.to_fast()
     learn.recipe = recipe
     learn.remove_cb(learn.recorder)
-    more = [*recipe.scheduler(), *recipe.distill_cbs(dls, answers), *recipe.average_cbs(), FiniteLoss()]
+    more = [*recipe.scheduler(), *recipe.distill_cbs(dls, teacher_logits), *recipe.ema_cbs(), FiniteLoss()]
     if recipe.norm != 'bn': more.append(NoNormDecay())
     if run_dir is not None:
         run_dir = given_path(run_dir, 'run_dir')

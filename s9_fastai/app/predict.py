@@ -45,12 +45,12 @@ def _predictor(run):
     from s9_fastai.cifar.loaders import cifar_dls  # here, since they load torch
     from s9_fastai.app.learner import s9_learner
     from s9_fastai.app.recipe import get_recipe
-    from s9_fastai.nets.tta import Mirrored
+    from s9_fastai.nets.tta import FlipTTA
     from s9_fastai.app.run import run_net
     net = None if run is None else run_net(run_path(run, 'run'))
     dls = cifar_dls('sample', policy='none', device='cpu')
     learn = s9_learner(dls, get_recipe(compute='plain'), pretrained=run is None)
-    learn.model = Mirrored(net or learn.model)
+    learn.model = FlipTTA(net or learn.model)
     return learn
 
 def _probabilities(learn, images):
@@ -61,7 +61,7 @@ def class_probabilities(
     images:list, # Paths of image files, or what else `ImageReader` takes; another size than 32x32 is cut and resized
     run=None, # Folder of a finished run, whose Net is used; None: the pretrained one
 )->list: # (N, 10) probabilities, by class name
-    """What a Net makes of `images`, as `Mirrored`; a ValueError or OSError that names the one that cannot be read, and
+    """What a Net makes of `images`, as `FlipTTA`; a ValueError or OSError that names the one that cannot be read, and
     as `run_net`"""
     if not images: raise ValueError('no image: name one or more files')
     return _probabilities(_predictor(run), images)

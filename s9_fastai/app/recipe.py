@@ -18,9 +18,9 @@ from ..augment.policies import AUGMENTS, POLICIES, augmentation
 from ..cifar.loaders import cifar_dls
 from ..core.text import listed
 from ..nets.net import NORMS, Net
-from .teacher import packaged_answers
-from ..training.distill import Answers, Distill, check_answers
-from ..training.ema import WeightAverage
+from .teacher import packaged_logits
+from ..training.distill import TeacherLogits, Distill, check_logits
+from ..training.ema import EMA
 from ..training.fast import FastSGD
 from ..training.muon import FastMuon
 from ..training.schedule import MODES, StepLR, lr_scheduler
@@ -31,7 +31,7 @@ def _default(f, name): return inspect.signature(f).parameters[name].default
 # the least and the most of each number; what is of type float stays below the most
 _ranges = dict(n_channels=(2, 1024), dropout=(0, 1), bs=(1, 2**20), held_out=(0, 24_990), epochs=(1, 99_999),
                lr=(1e-12, 1000), mom=(0, 1), wd=(0, 1000), label_smoothing=(0, 1), distill=(0, 1),
-               average=(0, 0.5), rise=(0, 1), step_size=(1, 1_000_000), gamma=(1e-12, 1000))
+               ema=(0, 0.5), pct_start=(0, 1), step_size=(1, 1_000_000), gamma=(1e-12, 1000))
 # the names that a field takes, each with what it is; the dictionaries of other modules are checked there
 _names = dict(compute={'fast': 'faster layers, bfloat16 where the hardware has it', 'plain': "torch's, in float32"},
               opt={'sgd': 'plain momentum', 'nesterov': "Nesterov's", 'muon': 'needs fewest epochs'}, sched=MODES)
@@ -46,23 +46,23 @@ class Recipe:
     "What a training run does; ValueError, at once, where a value is not allowed; `field_values` has those that are"
     n_channels:int = _default(Net, 'n_channels')  # Channels of the wide layers, an even number
     norm:str = _default(Net, 'norm')  # Normalisation
-    dropout:float = _default(Net, 'dropout')  # Part of the values that dropout makes zero
+    dropout:float = _default(Net, 'dropout')  # Dropout probability
     policy:str = _default(cifar_dls, 'policy')  # Augmentation of the training images; reference is the experiment's
     augment:str = _default(cifar_dls, 'augment')  # How the images are augmented
-    compute:str = 'fast'  # Layers and number format
+    compute:str = 'fast'  # Layers and dtype
     bs:int = _default(cifar_dls, 'bs')  # Images a batch
     # Training images that validate in place of the test images, a multiple of 10
     held_out:int = _default(cifar_dls, 'held_out')
-    epochs:int = 100  # Passes over the training images
+    epochs:int = 100  # Number of epochs
     lr:float = 0.05  # Learning rate of the first epoch, or at the top of a triangle
     mom:float = 0.9  # Momentum, of SGD or Muon
     opt:str = 'sgd'  # Optimizer
     wd:float = 0.  # Weight decay, fastai's decoupled kind, not for norms and biases
-    label_smoothing:float = 0.  # Part of each label that all classes share, also in validation losses
-    distill:float = 0.  # Weight of a teacher's answers in the training loss, 0 for no teacher
-    average:float = 0.  # Mean age of averaged weights, as a part of the training, 0 for none
+    label_smoothing:float = 0.  # Label smoothing, in validation losses too
+    distill:float = 0.  # Weight of the distillation loss, 0 for no teacher
+    ema:float = 0.  # EMA horizon as a fraction of training, 0 for no EMA
     sched:str = _default(lr_scheduler, 'mode')  # How lr changes
-    rise:float = _default(lr_scheduler, 'rise')  # Part of the training in which a triangle rises
+    pct_start:float = _default(lr_scheduler, 'pct_start')  # Warm-up fraction of a triangle
     step_size:int = _default(StepLR, 'step_size')  # Epochs from one step to the next
     gamma:float = _default(StepLR, 'gamma')  # Factor of a step, below 1 for a plateau
 
@@ -96,17 +96,17 @@ class Recipe:
         if self.opt == 'muon': return partial(FastMuon, mom=self.mom)
         return partial(FastSGD, mom=self.mom, nesterov=self.opt == 'nesterov')
     def loss_func(self): return CrossEntropyLossFlat(label_smoothing=self.label_smoothing)
-    def average_cbs(self)->list: return [WeightAverage(self.average)] if self.average else []
-    def distill_cbs(self, dls:DataLoaders, answers:Answers|None)->list:
+    def ema_cbs(self)->list: return [EMA(self.ema)] if self.ema else []
+    def distill_cbs(self, dls:DataLoaders, teacher_logits:TeacherLogits|None)->list:
         if self.distill:
-            answers = answers or packaged_answers(dls)
-            check_answers(answers, dls)
-            return [Distill(answers, self.distill)]
-        if answers is None: return []
-        raise ValueError(f'distill is {self.distill}, so a teacher would not be heard: give a distill above 0, or '
-                         'leave the answers out')
+            teacher_logits = teacher_logits or packaged_logits(dls)
+            check_logits(teacher_logits, dls)
+            return [Distill(teacher_logits, self.distill)]
+        if teacher_logits is None: return []
+        raise ValueError(f'distill is {self.distill}, so the logits of a teacher would be ignored: give a distill '
+                         'above 0, or leave the logits out')
     def scheduler(self)->list:
-        return lr_scheduler(self.sched, rise=self.rise, step_size=self.step_size, gamma=self.gamma)
+        return lr_scheduler(self.sched, pct_start=self.pct_start, step_size=self.step_size, gamma=self.gamma)
 
 # %% ../../nbs/71_app.recipe.ipynb #48bf43b2
 def field_values()->dict: # Such as `0 to below 1`, or `'fast' (…) or 'plain' (…)`, by field
@@ -116,13 +116,13 @@ def field_values()->dict: # Such as `0 to below 1`, or `'fast' (…) or 'plain' 
 
 # %% ../../nbs/71_app.recipe.ipynb #d5233fb1
 _fast = Recipe(dropout=0., policy='flip_crop', augment='batch', epochs=11, opt='muon', lr=0.3, wd=1e-3,
-               sched='triangle', average=0.03)
+               sched='triangle', ema=0.03)
 RECIPES = {'stated': Recipe(), 'logged': Recipe(step_size=20, dropout=0.05),
-           'sample': replace(_fast, epochs=32, bs=64, lr=0.4, wd=1e-2, average=0.09), 'fast': _fast,
+           'sample': replace(_fast, epochs=32, bs=64, lr=0.4, wd=1e-2, ema=0.09), 'fast': _fast,
            'best': replace(_fast, epochs=150, policy='flip_crop_cutout')}
 
 # %% ../../nbs/71_app.recipe.ipynb #8f1ffcf1
-_heard = dict(rise=('triangle',), step_size=('step',), gamma=('step', 'plateau'))  # schedules that use a field
+_heard = dict(pct_start=('triangle',), step_size=('step',), gamma=('step', 'plateau'))  # schedules that use a field
 
 def get_recipe(
     recipe='stated', # Name of a recipe, or a `Recipe`

@@ -19,7 +19,7 @@ import torch
 from ..cifar.loaders import MAX_WORKERS
 from ..core.environment import changes, environment
 from ..core.text import is_there, listed, read_errors, shown
-from ..training.fast import number_format
+from ..training.fast import autocast_dtype
 from ..core.files import replacing, write_json
 from .recipe import RECIPES, Recipe
 from ..nets.net import Net
@@ -70,14 +70,14 @@ def describe_run(
     dls, # From `cifar_dls`
     recipe:Recipe, # What the run does
     options:dict, # `name`, `seed`, `workers`, `device`, `save_every`
-    answers=None, # Of its teacher; None where there is none
+    teacher_logits=None, # Of its teacher; None where there is none
 )->dict: # What JSON can say
     "The content of `recipe.json`"
     device = torch.device(options['device'])
-    numbers = number_format(device) if recipe.compute == 'fast' else torch.float32
-    teacher = {'teacher': answers.key} if answers else {}
+    numbers = autocast_dtype(device) if recipe.compute == 'fast' else torch.float32
+    teacher = {'teacher': teacher_logits.key} if teacher_logits else {}
     return {**options, **asdict(recipe), **teacher, 'data': Path(dls.data_source).name, 'data_key': dls.data_key,
-            **environment(), 'number_format': str(numbers)[6:]}
+            **environment(), 'autocast_dtype': str(numbers)[6:]}
 
 # %% ../../nbs/77_app.run.ipynb #e17a3903
 _spans = dict(seed=(0, 2**32 - 1), workers=(0, MAX_WORKERS), save_every=(1, 999_999))  # files count batches in 6 digits
@@ -183,7 +183,7 @@ def check_same_run(
     more = 'Set them back, start a new run, or add --force and get a result of both'
     can = not any(k in changed for k in _fixed)
     if not can: more = 'Set them back or start a new run: what this one has saved does not fit'
-    elif is_over and {*changed} - {*environment(), 'number_format'}:
+    elif is_over and {*changed} - {*environment(), 'autocast_dtype'}:
         can, more = False, 'It has had its epochs, so they would change nothing: set them back, or add --epochs'
     if changed and not (force and can):
         raise ValueError(f'{shown(run_dir)}: settings have changed since the run stopped: '

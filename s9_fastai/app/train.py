@@ -40,7 +40,7 @@ def s9_train(
     recipe:str=None, # The settings to begin with; if not given, stated, or sample for that data
     teacher:str=None, # For --distill: a finished run's folder or a teacher.safetensors; if not given: the package's own
     seed:int=None, # Fixes weights, order, augmentation and dropout; 42 if not given
-    workers:int=None, # Processes that prepare batches; with 0, or if not given, the training process does
+    workers:int=None, # Worker processes for data loading; 0, or not given: the main process
     device:str=None, # cpu, cuda, cuda:1, mps, ...; if not given: the GPU if there is one, else cpu
     out:str=None, # Folder of the run, new or empty; if not given: a new one under runs
     resume:str=None, # Folder of a run to resume, with the options that it had; a larger --epochs makes it longer

@@ -22,8 +22,8 @@ from fastai.torch_core import set_seed
 from .command import BadInput, RunFailed, plain_message
 from ..cifar.load import load_cifar
 from ..cifar.loaders import cifar_dls
-from .teacher import ask, packaged_answers
-from ..training.distill import Answers, check_answers, check_teacher
+from .teacher import predict_logits, packaged_logits
+from ..training.distill import TeacherLogits, check_logits, check_teacher
 from ..core.environment import get_device, use_deterministic
 from ..core.text import show_bars, shown
 from ..core.files import naming, replacing, write_json
@@ -83,26 +83,26 @@ def _ask_run(path, dls):
     about = dict(data_key=told['data_key'], held_out=str(own.held_out))
     check_teacher(about, dls, path)
     net = run_net(path).to(dls.device, memory_format=torch.channels_last)
-    return partial(ask, net, load_cifar(dls.data_source).train.images, **about)
+    return partial(predict_logits, net, load_cifar(dls.data_source).train.images, **about)
 
 def _teacher(given, run_dir, dls, recipe):
-    "A function that gives the answers of the run's teacher, None where it has none; a ValueError for a wrong one"
-    if run_dir: return partial(Answers.load, run_dir/'teacher.safetensors') if recipe.distill else None
+    "A function that gives the logits of the run's teacher, None where it has none; a ValueError for a wrong one"
+    if run_dir: return partial(TeacherLogits.load, run_dir/'teacher.safetensors') if recipe.distill else None
     if given['teacher'] is None and not recipe.distill: return None
-    if not recipe.distill: raise ValueError('--teacher goes with a weight for its answers: add --distill 0.9')
-    if given['teacher'] is None: answers = packaged_answers(dls)
+    if not recipe.distill: raise ValueError('--teacher goes with a weight for its logits: add --distill 0.9')
+    if given['teacher'] is None: teacher_logits = packaged_logits(dls)
     else:
         path = run_path(given['teacher'], 'teacher')
         if not os.path.isfile(path): return _ask_run(path, dls)
-        answers = Answers.load(path)
-        check_teacher(answers.about, dls, path)
-    check_answers(answers, dls)  # before the folder is made
-    return lambda: answers
+        teacher_logits = TeacherLogits.load(path)
+        check_teacher(teacher_logits.about, dls, path)
+    check_logits(teacher_logits, dls)  # before the folder is made
+    return lambda: teacher_logits
 
-def _write_down(run_dir, now, answers, n_done, told):
+def _write_down(run_dir, now, teacher_logits, n_done, told):
     "What the run is, and what its teacher says; recipe.json comes last, since without one a folder counts as unused"
     if n_done == now['epochs'] == told.get('epochs'): return
-    if answers: answers.save(run_dir/'teacher.safetensors')
+    if teacher_logits: teacher_logits.save(run_dir/'teacher.safetensors')
     write_json(run_dir/'recipe.json', now)
 
 def prepare(
@@ -120,12 +120,12 @@ def prepare(
         dls = _loaders(source, recipe, options)
         teacher = _teacher(given, run_dir, dls, recipe)
         if not run_dir: run_dir = new_run_dir(given['out'], options['name'])
-        answers = teacher and teacher()
-        now = describe_run(dls, recipe, options, answers)
+        teacher_logits = teacher and teacher()
+        now = describe_run(dls, recipe, options, teacher_logits)
         if told: check_same_run(run_dir, told, now, given['force'], n_done == recipe.epochs)
-        learn = s9_learner(dls, recipe, run_dir, options['save_every'], given['force'], answers)
+        learn = s9_learner(dls, recipe, run_dir, options['save_every'], given['force'], teacher_logits)
         with naming(run_dir): learn.checkpoint.claim()  # before the first file is written, and until the fit ends
-        _write_down(run_dir, now, answers, n_done, told)
+        _write_down(run_dir, now, teacher_logits, n_done, told)
         keep_source(run_dir, dls.data_source)
         return learn, run_dir, n_done == recipe.epochs
     except (ValueError, OSError) as e: raise BadInput(str(e)) from e
@@ -180,7 +180,7 @@ def saying_how_to_go_on(
     try: yield
     except ValueError as e:
         if 'Exception occured in `Checkpoint`' not in str(e): raise
-        raise BadInput(plain_message(e)) from e  # `CannotGoOn`, or another file of the run is not what it was
+        raise BadInput(plain_message(e)) from e  # `ResumeError`, or another file of the run is not what it was
     except Stopped as e: raise Stopped(e.signum, f'{e}: {command}') from e
     except (OSError, RuntimeError, MemoryError, FloatingPointError) as e:
         more = ' --force --lr RATE' if isinstance(e, FloatingPointError) else ''  # the same would fail again

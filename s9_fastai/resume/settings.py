@@ -22,7 +22,7 @@ from .attributes import attributes
 from .changed import displays, init_params
 from .digest import data_digest, digest
 from ..core.environment import environment
-from ..training.fast import number_format
+from ..training.fast import autocast_dtype
 from .objects import not_saved
 from .state import is_collection
 
@@ -176,5 +176,5 @@ def fit_settings(
             'optimizer': _optimizer(learn, is_first), 'loss_func': describe(learn.loss_func),
             'metrics': f'[{", ".join(map(_metric, learn.metrics))}]',
             **_callbacks(learn), 'device': device.type, 'train_bn': learn.train_bn, 'wd_bn_bias': learn.wd_bn_bias,
-            'numbers': str(number_format(device)) if hasattr(learn, 'autocast') else 'as in the model',
+            'numbers': str(autocast_dtype(device)) if hasattr(learn, 'autocast') else 'as in the model',
             'n_epoch': learn.n_epoch, **{k: [h.get(k) for h in opt.hypers] for k in ('lr', 'wd')}, **environment()}

@@ -189,12 +189,13 @@ def fit_step(self:Learner,
 class TriangularLR(RateSchedule):
     "Raise every group's learning rate in a line from 0 to its base, and lower it in another to 0"
     def __init__(self,
-        rise:float=0.2 # Part of the fit in which the rate rises, 0 to below 1; a ValueError if it is not
+        pct_start:float=0.2 # Warm-up, as a fraction of the fit, 0 to below 1; a ValueError if it is not
     ):
-        if isinstance(rise, bool) or not isinstance(rise, Real) or not 0 <= rise < 1:
-            raise ValueError(f"rise is {rise!r}: it is a part of the fit; give a number from 0 to below 1, such as 0.2")
+        if isinstance(pct_start, bool) or not isinstance(pct_start, Real) or not 0 <= pct_start < 1:
+            raise ValueError(f"pct_start is {pct_start!r}: it is a fraction of the fit; give a number from 0 to below "
+                             "1, such as 0.2")
         super().__init__()
-        self.rise = rise
+        self.pct_start = pct_start
 
     @property
     def pos(self): return (self.at + self.iter/len(self.dls.train))/self.of
@@ -204,7 +205,7 @@ class TriangularLR(RateSchedule):
         pct:float # Part of the fit that is over, 0 to 1
     )->float: # Learning rate there
         "The height of the triangle over `pct`"
-        return base*(pct/self.rise if pct < self.rise else (1 - pct)/(1 - self.rise))
+        return base*(pct/self.pct_start if pct < self.pct_start else (1 - pct)/(1 - self.pct_start))
 
 # %% ../../nbs/52_training.schedule.ipynb #bf22c62c
 class PlateauLR(ReduceLROnPlateau):
@@ -234,14 +235,14 @@ MODES = {'step': 'falls in steps', 'triangle': 'rises from 0 and falls back to i
 def lr_scheduler(
     mode:str='step', # A key of `MODES`
     patience:int=6, # Epochs in a row without a lower validation loss before a reduction, at least 1; for 'plateau' only
-    rise:float=TriangularLR().rise, # As for `TriangularLR`; for 'triangle' only
+    pct_start:float=TriangularLR().pct_start, # As for `TriangularLR`; for 'triangle' only
     **kwargs
 )->list: # Callbacks for a `Learner` or a `fit`; empty for 'none'
     "The callbacks of `mode`; a ValueError if `mode` or a value for one of the schedules is not allowed"
     if mode not in [*MODES]: raise ValueError(f"mode is {mode!r}: it names a schedule; give {listed([*MODES])}")
     if mode != 'step' and (more := {*kwargs} - {'step_size', 'gamma'}):  # which a recipe has whatever its schedule is
         raise ValueError(f"{min(more)} is {kwargs[min(more)]!r}, but mode is {mode!r}: give it with mode 'step' only")
-    step, triangle = StepLR(**kwargs), TriangularLR(rise)  # check the values, and are the only home of their defaults
+    step, triangle = StepLR(**kwargs), TriangularLR(pct_start)  # check the values, the only home of their defaults
     if mode != 'plateau': return {'step': [step], 'triangle': [triangle], 'none': []}[mode]
     _check_epochs('patience', patience)
     if step.gamma >= 1: raise ValueError(f"gamma is {step.gamma!r}: a plateau lowers the rate; give a number below 1")
