@@ -16,5 +16,5 @@ setup(
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     python_requires='>=' + cfg['min_python'], install_requires=cfg['requirements'].split(),
     extras_require={'dev': cfg['dev_requirements'].split()},
-    packages=find_packages(str(here), include=[lib, f'{lib}.*']), package_data={lib: ['data/*']},
+    packages=find_packages(str(here), include=[lib, f'{lib}.*']), package_data={lib: ['assets/*', 'py.typed']},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f'{lib}={lib}._modidx:d']})
