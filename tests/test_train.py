@@ -27,6 +27,7 @@ from s9_fastai.cifar.load import load_cifar
 from s9_fastai.app.recipe import RECIPES, Recipe
 from s9_fastai.nets.net import Net
 from s9_fastai.app.options import STORED
+from s9_fastai.app.run import read_run, run_net
 from s9_fastai.core.weights import read_tensors
 from s9_fastai.app.command import BadInput
 from s9_fastai.app.train import main_summary, main_train, s9_train
@@ -111,6 +112,18 @@ def test_the_same_seed_gives_the_same_run(run, tmp_path):
     a, b = load_file(run[1]/'weights.safetensors'), load_file(tmp_path/'b'/'weights.safetensors')
     assert all((a[k] == b[k]).all() for k in a)
     assert (tmp_path/'b'/'log.txt').read_text() == (run[1]/'log.txt').read_text()
+
+
+def test_a_run_of_version_0_1_0(run, tmp_path):
+    "Its recipe.json has two fields under other names: it is read, and a resume names what has changed, the version first of all"
+    shutil.copytree(run[1], tmp_path/'old')
+    path = tmp_path/'old'/'recipe.json'
+    text = path.read_text().replace('"ema":', '"average":').replace('"pct_start":', '"rise":')
+    path.write_text(re.sub('"s9_fastai": "[^"]*"', '"s9_fastai": "0.1.0"', text))
+    assert read_run(tmp_path/'old')[0] == read_run(run[1])[0] and run_net(tmp_path/'old')
+    if s9_fastai.__version__ == '0.1.0': pytest.skip('not installed anew')
+    done = command('s9_train', '--resume', tmp_path/'old', '--epochs', 3)
+    assert done.returncode == 2 and f's9_fastai was 0.1.0, is {s9_fastai.__version__}' in done.stderr
 
 
 def test_whole_batches_and_plain_layers(tmp_path):

@@ -105,6 +105,10 @@ def _read(path):
     try: return json.loads(data.decode('utf-8'))
     except (ValueError, RecursionError) as e: raise ValueError(f'not JSON ({e})') from e
 
+_renamed = {'average': 'ema', 'rise': 'pct_start'}  # fields of a recipe, as version 0.1.0 wrote them
+
+def _present_names(told): return {_renamed.get(k, k): v for k, v in told.items()} if isinstance(told, dict) else told
+
 def _recipe(told): return Recipe(**{f.name: told[f.name] for f in fields(Recipe)})
 
 def _check_told(told):
@@ -126,7 +130,7 @@ def read_run(
     an OSError if it cannot be read"""
     path = recipe_path(run_dir)
     try:
-        with read_errors(path): told = _read(path)
+        with read_errors(path): told = _present_names(_read(path))
         return _check_told(told), told
     except ValueError as e: raise ValueError(f'{shown(path)}: {e}; put the file back as it was') from e
 

@@ -30,12 +30,12 @@ def predict_logits(
     teacher = FlipTTA(teacher).eval()
     like = next(teacher.parameters())
     mean, std = (torch.tensor(o, device=like.device).view(3, 1, 1) for o in (MEAN, STD))
-    said, starts = [], range(0, len(images), bs)
+    found, starts = [], range(0, len(images), bs)
     for i in progress_bar(starts, leave=False) if show_bars(progress) else starts:
         x = torch.tensor(images[i:i+bs], device=like.device).permute(0, 3, 1, 2)  # (B, 3, 32, 32), channels_last
         x = (x.float()/255 - mean)/std
-        said.append(teacher(x))
-    return TeacherLogits(torch.cat(said), **about)
+        found.append(teacher(x))
+    return TeacherLogits(torch.cat(found), **about)
 
 # %% ../../nbs/70_app.teacher.ipynb #ec99e65f
 #: Logits of the teacher that comes with the package; `benchmarks/teacher.py` makes it

@@ -30,8 +30,8 @@ class TeacherLogits:
                              'all of them finite and below 65,504 in size')
         self.logits, self.about = half.cpu().contiguous(), about
         self.key = checksum({'logits': self.logits}, about)  # which teacher, for the record
-        said = self.logits.float()
-        self.centred = said - said.mean(1, keepdim=True)  # (N, classes), each row around 0
+        full = self.logits.float()
+        self.centred = full - full.mean(1, keepdim=True)  # (N, classes), each row around 0
         self.std = self.centred.std().clamp_min(1e-6)  # not 0 for one who knows nothing
 
     def save(self,
@@ -66,12 +66,12 @@ def check_teacher(
 # %% ../../nbs/55_training.distill.ipynb #ceacc71b
 def distillation_loss(
     logits:torch.Tensor, # (B, classes) of the one who learns
-    said:torch.Tensor, # (B, classes) of the teacher
+    teacher:torch.Tensor, # (B, classes) of the teacher
     temperature:float, # By which both are divided, above 0
 )->torch.Tensor: # Scalar, at least 0
     "Kullback-Leibler divergence of softened logits, mean over the batch, times the square of `temperature`"
-    logits, said = (F.log_softmax(o/temperature, dim=1) for o in (logits, said))
-    return F.kl_div(logits, said, reduction='batchmean', log_target=True)*temperature**2
+    logits, teacher = (F.log_softmax(o/temperature, dim=1) for o in (logits, teacher))
+    return F.kl_div(logits, teacher, reduction='batchmean', log_target=True)*temperature**2
 
 # %% ../../nbs/55_training.distill.ipynb #02329650
 def check_logits(
@@ -112,22 +112,22 @@ class Distill(Callback):
                 raise ValueError(f'{nm} is {v!r}, but must be a number above 0 and up to {most}')
         self.teacher_logits, self.weight, self.temperature, self.spread = teacher_logits, weight, temperature, spread
 
-    def said(self):
+    def batch_logits(self):
         "What the teacher says of the images of the batch, (B, classes)"
         items = self.dls.train.dataset.items
         here = [items[i] for i in self.dls.train.places(self.iter)]
         return self.teacher_logits.centred[here]*(self.spread/self.teacher_logits.std)
 
     def before_fit(self):
-        "Errors as `check_logits`, and where images are mixed, of which no teacher has said anything"
+        "Errors as `check_logits`, and where images are mixed, for which the teacher has no logits"
         from fastai.callback.mixup import MixHandler  # takes a second to import, so not before somebody distils
         if not in_fit(self.learn): return  # to predict or validate takes no teacher, and loaders may be empty
         check_logits(self.teacher_logits, self.dls)
         if mixing := [cb.name for cb in self.learn.cbs if isinstance(cb, MixHandler)]:
-            raise ValueError(f'{mixing[0]} mixes images, of which a teacher has said nothing: leave one of the two out')
+            raise ValueError(f'{mixing[0]} mixes images, for which the teacher has no logits: leave one of the two out')
 
     def after_loss(self):
         if not self.training: return
-        soft = distillation_loss(self.pred, self.said().to(self.pred.device, self.pred.dtype), self.temperature)
+        soft = distillation_loss(self.pred, self.batch_logits().to(self.pred.device, self.pred.dtype), self.temperature)
         self.learn.loss_grad = (1 - self.weight)*self.loss_grad + self.weight*soft
         self.learn.loss = self.learn.loss_grad.clone()
