@@ -566,3 +566,14 @@ def test_show_batch_and_export(tmp_path, photos):
     assert 'BatchFlip' in repr(next(t for t in loaded.dls.train.after_batch.fs if isinstance(t, BatchAugment)))
     keys = item_keys(0, 0, range(128))
     assert (augment(pickle.loads(pickle.dumps(tfm)), photos, keys) == augment(tfm, photos, keys)).all()
+
+
+@pytest.mark.parametrize('ops', [A.Compose([A.HorizontalFlip()]), A.HorizontalFlip(), [A.HorizontalFlip()], [print], 3], ids=str)
+def test_what_is_no_batch_op_is_refused_with_the_call_that_was_meant(ops):
+    with pytest.raises(TypeError, match=r'is no BatchOp: give BatchAugment.from_compose\(A.Compose'): BatchAugment(ops)
+    assert BatchAugment.from_compose(A.Compose([A.HorizontalFlip()])).ops
+
+
+@pytest.mark.parametrize('p', [-0.1, 1.1, True, '1', None])
+def test_a_probability_of_no_use(p):
+    with pytest.raises(ValueError, match=f'p is {p!r}: it is a probability; give a number from 0 to 1'): BatchAugment([], p=p)

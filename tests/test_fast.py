@@ -4,6 +4,7 @@ import inspect
 import platform
 import subprocess
 import sys
+import warnings
 from collections import OrderedDict, namedtuple
 from functools import partial
 from itertools import product
@@ -533,3 +534,15 @@ def test_on_a_gpu():
     learn = s9_learner(synth_dls().cuda(), 'stated')
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert next(learn.model.parameters()).is_cuda and np.isfinite(learn.recorder.values[-1][0])
+
+
+@pytest.mark.parametrize('first, then', [('to_plain', 'to_fast'), ('to_fast', 'to_plain')])
+def test_no_gradient_of_the_former_layout_is_left(first, then):
+    "torch warns of one, since each backward would copy it"
+    learn = synth_learner(model=nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)))
+    with learn.no_bar(), learn.no_logging(), warnings.catch_warnings():
+        warnings.filterwarnings('error', message='grad and param do not obey the gradient layout contract')
+        for how in (first, then):
+            getattr(learn, how)()
+            learn.fit(1)
+    assert learn.model[0].weight.grad.stride() == learn.model[0].weight.stride()

@@ -610,3 +610,10 @@ def test_a_batch_that_failed_leaves_no_items_to_the_next():
     spy.keys.clear(), expected.keys.clear()
     list(dl), list(ref)
     np.testing.assert_array_equal(spy.keys, expected.keys)
+
+
+def test_a_transform_in_the_pipeline_of_a_data_set_is_named():
+    "It gets no key there, so that 0 and 2 workers would differ without a word"
+    tfm = AlbumentationsTransform(A.Compose([A.HorizontalFlip()]))
+    with pytest.warns(UserWarning, match='AlbumentationsTransform in the pipeline of a data set .*: put it among the item_tfms'):
+        Datasets(range(4), [[lambda i: PILImage.create(np.zeros((8, 8, 3), np.uint8)), tfm]])

@@ -1,6 +1,7 @@
 "Any Learner: a fit that is broken off and taken up in a new Learner ends with the same bits, or is refused by the name of what differs"
 import itertools
 import random
+import signal
 import warnings
 from collections import Counter, deque
 from decimal import Decimal
@@ -474,3 +475,15 @@ def test_folders(tmp_path, monkeypatch):
     assert Checkpoint('~/run').run_dir == tmp_path/'run'
     (tmp_path/'file').write_text('x')
     with pytest.raises(FileExistsError, match='run_dir is .*file, a file: name a folder'): Checkpoint(tmp_path/'file')
+
+
+def test_a_signal_in_another_fit_after_one_that_failed(tmp_path):
+    "A `Checkpoint` whose fit an error ended left its handlers behind: they must not take the interrupt of a fit that cannot be resumed"
+    class Boom(Callback):
+        def after_batch(self): raise ValueError('boom')
+    class Interrupt(Callback):
+        def after_batch(self): signal.raise_signal(signal.SIGINT)
+    with pytest.raises(ValueError, match='boom'): quiet(synth_learner(cbs=[Checkpoint(tmp_path), Boom()])).fit(1)
+    learn = quiet(synth_learner(cbs=Interrupt()))
+    with pytest.raises(KeyboardInterrupt): learn.fit(1)
+    assert learn.iter == 0

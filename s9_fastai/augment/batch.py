@@ -7,13 +7,16 @@ __all__ = ['uniforms', 'read_policy', 'BatchAugment']
 
 # %% ../../nbs/15_augment.batch.ipynb #b37ef22d
 import random
+from collections.abc import Iterable
+from numbers import Real
 
 import cv2, numpy as np, torch
 from fastai.torch_core import TensorBase, TensorImage, TensorImageBase
 from fasttransform import Transform
 
 from .item import AlternatingFlip, SubpixelAffine
-from .batch_ops import BatchAffine, BatchBrightnessContrast, BatchCrop, BatchDropout, BatchFlip, BatchPad
+from .batch_ops import (BatchAffine, BatchBrightnessContrast, BatchCrop, BatchDropout, BatchFlip,
+                                         BatchOp, BatchPad)
 from .keys import KeyedTransform, item_keys, mix64
 from .pipelines import check_pipeline, check_scaling, check_targets, warn_sizes
 from .pixels import uint8_advice
@@ -136,6 +139,13 @@ def _batch_advice(x):
     if x.shape[1] > 4 and x.shape[3] in (1, 3, 4): return 'use x.permute(0, 3, 1, 2)'
     if x.dtype != torch.uint8: return f'put it among the batch_tfms, before IntToFloatTensor, or, {uint8_advice(x)}'
 
+def _checked_ops(ops):
+    ops = tuple(ops) if isinstance(ops, Iterable) else (ops,)
+    for o in ops:
+        if isinstance(o, BatchOp): continue
+        raise TypeError(f'{type(o).__name__} is no BatchOp: give BatchAugment.from_compose(A.Compose([...]))')
+    return ops
+
 class BatchAugment(KeyedTransform, Transform):
     "`ops` on training batches of uint8 images, drawn afresh for each image in each epoch"
     split_idx, order = 0, 5  # training only; before IntToFloatTensor (10)
@@ -147,7 +157,9 @@ class BatchAugment(KeyedTransform, Transform):
         p:float=1., # How likely an image is augmented at all
     ):
         super().__init__()
-        self.ops, self.p = tuple(ops), p
+        self.ops, self.p = _checked_ops(ops), p
+        if isinstance(p, bool) or not isinstance(p, Real) or not 0 <= p <= 1:
+            raise ValueError(f'p is {p!r}: it is a probability; give a number from 0 to 1')
 
     @classmethod
     def from_compose(cls,

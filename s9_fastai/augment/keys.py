@@ -7,7 +7,7 @@ __all__ = ['item_key', 'item_seed', 'ItemKey', 'under_key', 'mix64', 'item_keys'
            'keyed_class', 'make_keyed', 'KeyedTransform']
 
 # %% ../../nbs/10_augment.keys.ipynb #c2187369
-import copyreg, hashlib, random
+import copyreg, hashlib, random, warnings
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -15,7 +15,7 @@ from operator import index
 
 import numpy as np, torch
 from fastai.data import block
-from fastai.data.core import TfmdDL
+from fastai.data.core import TfmdDL, TfmdLists
 from fastai.data.load import _FakeLoader
 from fastcore.xtras import ReindexCollection
 
@@ -267,6 +267,9 @@ def make_keyed(
 class KeyedTransform:
     "Base of transforms that draw by key: a loader that is set up with one is a `KeyedDL`, a `DataBlock` keeps each one"
     def setup(self, items=None, train_setup=False):
+        if isinstance(items, TfmdLists):
+            warnings.warn(f'{type(self).__name__} in the pipeline of a data set draws from the generators of the '
+                          'process, so that the draws change with the number of workers: put it among the item_tfms')
         make_keyed(items)
         return super().setup(items, train_setup)
 

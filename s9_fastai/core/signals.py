@@ -6,7 +6,7 @@
 __all__ = ['Stopped', 'SignalNote']
 
 # %% ../../nbs/03_core.signals.ipynb #0b9c20a6
-import os, signal, threading
+import os, signal, sys, threading, weakref
 
 # %% ../../nbs/03_core.signals.ipynb #1d336b14
 class Stopped(KeyboardInterrupt):
@@ -19,14 +19,22 @@ class Stopped(KeyboardInterrupt):
         self.signum = signum
 
 # %% ../../nbs/03_core.signals.ipynb #ff048ff2
+def _fitting(frame):
+    "The Learners whose `fit` is under way in `frame` and below it"
+    from fastai.learner import Learner  # loaded long ago where a fit runs; a command needs `Stopped` before that
+    while frame:
+        if frame.f_code is Learner.fit.__code__: yield frame.f_locals['self']
+        frame = frame.f_back
+
 class SignalNote:
     "Notes the first SIGINT or SIGTERM of a fit in `signum`, which is None until then"
-    def __init__(self): self.signum, self.pid, self.before = None, None, {}
+    def __init__(self): self.signum, self.pid, self.before, self.learn = None, None, {}, None
 
     def catch(self):
         "Begin; in Python's main thread only, as others cannot"
         self.release()
         self.signum, self.pid = None, os.getpid()
+        self.learn = next((weakref.ref(o) for o in _fitting(sys._getframe())), None)
         if threading.current_thread() is not threading.main_thread(): return
         for s in (signal.SIGINT, signal.SIGTERM): self.before[s] = signal.signal(s, self.note)
 
@@ -42,9 +50,8 @@ class SignalNote:
         "The handler"
         if os.getpid() != self.pid:  # a loader's worker: Ctrl-C is its parent's business, the rest is meant for it
             return None if signum == signal.SIGINT else os._exit(128 + signum)
-        from fastai.learner import Learner  # loaded long ago where a fit runs; a command needs `Stopped` before that
-        while frame and frame.f_code is not Learner.fit.__code__: frame = frame.f_back
-        if frame and self.signum is None: self.signum = signum
+        mine = any(self.learn is None or self.learn() is o for o in _fitting(frame))  # else it has failed
+        if mine and self.signum is None: self.signum = signum
         else:
             self.release()
             signal.raise_signal(signum)

@@ -154,13 +154,17 @@ class ChannelsLast2d(ChannelsLast):
     def before_fit(self):
         for k, t in self.images():
             was, t.data = t.stride(), t.data.to(memory_format=torch.channels_last)
-            if t.stride() != was: self.changed.append(k)
+            if t.stride() == was: continue
+            self.changed.append(k)
+            t.grad = None  # a gradient of the former layout would slow every backward down
 
     def restore(self):
         "Put what was changed back into the default format"
         for k, t in self.images():
             # not `contiguous`, which leaves the weights of a 1x1 convolution as they are, and these set the format too
-            if k in self.changed: t.data = torch.empty_like(t, memory_format=torch.contiguous_format).copy_(t.data)
+            if k not in self.changed: continue
+            t.data = torch.empty_like(t, memory_format=torch.contiguous_format).copy_(t.data)
+            t.grad = None
         self.changed = []
 
 # %% ../../nbs/51_training.fast.ipynb #cec25f10
