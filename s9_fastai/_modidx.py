@@ -538,6 +538,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             's9_fastai.core.signals': { 's9_fastai.core.signals.SignalNote': ('core.signals.html#signalnote', 's9_fastai/core/signals.py'),
                                         's9_fastai.core.signals.SignalNote.__init__': ( 'core.signals.html#signalnote.__init__',
                                                                                         's9_fastai/core/signals.py'),
+                                        's9_fastai.core.signals.SignalNote._in_worker': ( 'core.signals.html#signalnote._in_worker',
+                                                                                          's9_fastai/core/signals.py'),
                                         's9_fastai.core.signals.SignalNote.catch': ( 'core.signals.html#signalnote.catch',
                                                                                      's9_fastai/core/signals.py'),
                                         's9_fastai.core.signals.SignalNote.note': ( 'core.signals.html#signalnote.note',

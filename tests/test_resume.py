@@ -427,7 +427,7 @@ def test_a_signal_ends_the_command_in_good_order(tmp_path, num, code, workers):
     args = '--data', 'sample', '--epochs', 40, '--bs', 100, '--n-channels', 4, '--workers', workers, '--out', tmp_path/'run'
     p = subprocess.Popen(kill.command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
     assert any('epoch   1' in ln for ln in p.stdout)
-    os.killpg(p.pid, getattr(signal, num)) if num == 'SIGINT' else p.send_signal(getattr(signal, num))  # a terminal's Ctrl-C goes to the workers too
+    os.killpg(p.pid, getattr(signal, num))  # a terminal's Ctrl-C and a batch system's SIGTERM go to the workers too
     out, err = p.communicate(timeout=60)
     assert p.returncode == code and err.count('\n') == 1 and err.startswith(f's9_train: stopped by {num}, saved in '), err
     assert err.endswith(f's9_train --resume {tmp_path/"run"}\n') and newest_checkpoint(tmp_path/'run')[0]['done'] is False

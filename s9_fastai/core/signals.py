@@ -28,7 +28,7 @@ def _fitting(frame):
 
 class SignalNote:
     "Notes the first SIGINT or SIGTERM of a fit in `signum`, which is None until then"
-    def __init__(self): self.signum, self.pid, self.before, self.learn = None, None, {}, None
+    def __init__(self): self.signum, self.pid, self.before, self.learn, self.is_warned = None, None, {}, None, False
 
     def catch(self):
         "Begin; in Python's main thread only, as others cannot"
@@ -43,13 +43,18 @@ class SignalNote:
         for s, handler in self.before.items(): signal.signal(s, signal.SIG_DFL if handler is None else handler)
         self.before = {}
 
+    def _in_worker(self, signum):
+        "Terminals and batch systems signal whole groups: a worker stays, since its parent needs it to finish the batch"
+        if signum == signal.SIGINT: return
+        if self.is_warned: os._exit(128 + signum)  # the second SIGTERM is its parent's, or somebody is in earnest
+        self.is_warned = True
+
     def note(self,
         signum:int, # Number of the signal
         frame, # Where the program is
     ):
         "The handler"
-        if os.getpid() != self.pid:  # a loader's worker: Ctrl-C is its parent's business, the rest is meant for it
-            return None if signum == signal.SIGINT else os._exit(128 + signum)
+        if os.getpid() != self.pid: return self._in_worker(signum)
         mine = any(self.learn is None or self.learn() is o for o in _fitting(frame))  # else it has failed
         if mine and self.signum is None: self.signum = signum
         else:
