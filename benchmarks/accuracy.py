@@ -27,7 +27,7 @@ from s9_fastai.nets.tta import FlipTTA
 from s9_fastai.app.run import kept_source, read_run, run_net
 
 
-def told(folder): return json.loads((folder/'recipe.json').read_text())
+def saved(folder): return json.loads((folder/'recipe.json').read_text())
 
 
 def history(folder):
@@ -37,7 +37,7 @@ def history(folder):
 
 
 def is_complete(folder):
-    return (folder/'weights.safetensors').is_file() and len(history(folder)) == told(folder)['epochs']
+    return (folder/'weights.safetensors').is_file() and len(history(folder)) == saved(folder)['epochs']
 
 
 def begin(folder, args):
@@ -86,7 +86,7 @@ def curves(df):
 def line(what, folders, failed, jobs):
     "The result of the complete runs in `folders`, a dict by seed"
     dfs = {seed: history(f) for seed, f in folders.items()}
-    abouts = [told(f) for f in folders.values()]
+    abouts = [saved(f) for f in folders.values()]
     recipe, *others = [{f.name: o[f.name] for f in fields(Recipe) if f.name in o} for o in abouts]
     if any(o != recipe for o in others): sys.exit(f'the runs of {what} have different recipes: take another name')
     values = [100*df.valid_accuracy.iloc[-1] for df in dfs.values()]

@@ -7,10 +7,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
+from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.transforms import IndexSplitter, IntToFloatTensor, Normalize, ToTensor
 from fastai.torch_core import TensorCategory, TensorImage, TensorImageBase, TensorMask
-from fastai.vision.augment import DihedralItem, Resize, aug_transforms
+from fastai.vision.augment import Resize, aug_transforms
 from fastai.vision.core import PILImage, PILImageBW, PILMask, TensorBBox, TensorPoint
 from fastai.vision.data import BBoxBlock, BBoxLblBlock, ImageBlock, MaskBlock, PointBlock
 from PIL import Image, ImageCms

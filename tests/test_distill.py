@@ -74,7 +74,7 @@ def test_no_other_answers_are_taken(pupil, tmp_path):
     with pytest.raises(BadInput, match='teacher.safetensors'): s9_train(resume=run, epochs=3)
 
 
-@pytest.mark.parametrize('shape, said', [((1999, 10), 'has logits for 1999 images, but'), ((2000, 9), 'knows 9 classes, but')])
+@pytest.mark.parametrize('shape, said', [((1999, 10), 'has logits for 1999 images, but'), ((2000, 9), 'has 9 classes, but')])
 def test_answers_that_do_not_fit_are_refused_before_a_folder_is_made(pupil, tmp_path, shape, said):
     about = TeacherLogits.load(pupil/'teacher.safetensors').about  # of the right data, as somebody could forge it
     TeacherLogits(torch.zeros(shape), **about).save(tmp_path/'forged.safetensors')

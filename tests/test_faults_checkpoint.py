@@ -3,16 +3,13 @@ import copy
 import json
 import os
 import pickle
-import random
 import re
 import shutil
 import signal
 import struct
-import time
 import warnings
 from functools import partial
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -20,7 +17,6 @@ from hypothesis import strategies as st
 from test_faults_training import assert_all_is_whole, command, epoch_re, here, message, mk, outcome, pytestmark, tiny_dls, whole  # noqa: F401
 
 from s9_fastai.resume.checkpoint import Checkpoint
-from s9_fastai.app.command import plain_message
 from s9_fastai.app.recipe import get_recipe
 from s9_fastai.nets.net import Net, load_original
 from s9_fastai.resume.saved import ResumeError, newest_checkpoint, read_checkpoint

@@ -33,7 +33,8 @@ from s9_fastai.augment.batch import BatchAugment
 from s9_fastai.resume.checkpoint import Checkpoint
 from s9_fastai.cifar.facts import Cifar10, Split
 from s9_fastai.cifar.loaders import CifarDL, cifar_block
-from s9_fastai.augment.keys import (ItemKey, KeyedDL, KeyedTransform, item_key, item_seed, kept_global, keyed_class, make_keyed, seed_global,
+from s9_fastai.core.generators import random_kept
+from s9_fastai.augment.keys import (ItemKey, KeyedDL, KeyedTransform, item_key, item_seed, keyed_class, make_keyed, seed_global,
                              under_key)
 from s9_fastai.cifar.readers import ImageReader, LabelReader
 from s9_fastai.test_utils import synth_images
@@ -440,7 +441,7 @@ def test_a_plain_datablock_goes_on_in_the_middle_of_an_epoch(num_workers, tmp_pa
 
 def test_the_generators_of_an_item_differ_from_one_another():
     "Three of them are Mersenne twisters: with one seed they would draw the same numbers"
-    with kept_global():
+    with random_kept(devices=False):
         seed_global(key := item_seed(1, 2, 3))
         words = [random.getrandbits(32) for _ in range(50)], np.random.randint(0, 2**32, 50, dtype=np.uint64).tolist(), torch.randint(0, 2**32, (50,)).tolist()
     rng = KeyedRandom()

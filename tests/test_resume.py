@@ -28,11 +28,10 @@ from s9_fastai.cifar.facts import Cifar10, Split
 from s9_fastai.cifar.loaders import cifar_block
 from s9_fastai.app.learner import s9_learner
 from s9_fastai.app.recipe import get_recipe
-from s9_fastai.training.record import RunLog
 from s9_fastai.resume.learner import SkipTo
 from s9_fastai.resume.saved import ResumeError, Place, newest_checkpoint
 from s9_fastai.core.signals import Stopped
-from s9_fastai.test_utils import synth_dls, synth_groups, synth_images, synth_learner
+from s9_fastai.test_utils import synth_dls, synth_images, synth_learner
 
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root/'benchmarks'))
@@ -363,7 +362,7 @@ def test_every_must_count_batches(tmp_path):
         with pytest.raises(ValueError, match='every is .*: give a whole number of at least 1, or None'): Checkpoint(tmp_path, every=bad)
 
 
-def test_skipped_epochs_are_heard_by_nobody():
+def test_skipped_epochs_are_used_by_by_nobody():
     "Unlike with fastai's SkipToEpoch"
     heard = []
     class Hear(Callback):

@@ -6,7 +6,6 @@ import warnings
 from collections import Counter, deque
 from decimal import Decimal
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -17,7 +16,7 @@ from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger, ProgressCallback
 from fastai.data.core import DataLoaders, Datasets, TfmdLists
 from fastai.data.load import DataLoader
-from fastai.learner import AvgMetric, Learner
+from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
 from fastai.metrics import F1Score, accuracy, error_rate, top_k_accuracy
 from fastai.optimizer import Adam, OptimWrapper, SGD

@@ -35,7 +35,7 @@ def public(source):
 
 def count(notebook):
     "(lines, prose cells, checks, is bare, public symbols) for each exported cell with code"
-    rows, prose, checks = [], 0, 0
+    rows, prose = [], 0
     for kind, source in notebook:
         if kind == 'markdown': prose += 1
         elif not exported.match(source):

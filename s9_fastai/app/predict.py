@@ -32,7 +32,7 @@ def image_files(
     return found
 
 def _each(todo, do):
-    "What `do` makes of each of `todo`, in one list, and the errors of those that it refused"
+    "`do` of each of `todo`, in one list, and the errors of those that it refused"
     done, errors = [], []
     for o in todo:
         try: done += do(o)
@@ -61,8 +61,8 @@ def class_probabilities(
     images:list, # Paths of image files, or what else `ImageReader` takes; another size than 32x32 is cut and resized
     run=None, # Folder of a finished run, whose Net is used; None: the pretrained one
 )->list: # (N, 10) probabilities, by class name
-    """What a Net makes of `images`, as `FlipTTA`; a ValueError or OSError that names the one that cannot be read, and
-    as `run_net`"""
+    """The predictions of a Net for `images`, with flip TTA; a ValueError or OSError that names the one that cannot be
+    read, and as `run_net`"""
     if not images: raise ValueError('no image: name one or more files')
     return _probabilities(_predictor(run), images)
 

@@ -122,7 +122,7 @@ RECIPES = {'stated': Recipe(), 'logged': Recipe(step_size=20, dropout=0.05),
            'best': replace(_fast, epochs=150, policy='flip_crop_cutout')}
 
 # %% ../../nbs/71_app.recipe.ipynb #8f1ffcf1
-_heard = dict(pct_start=('triangle',), step_size=('step',), gamma=('step', 'plateau'))  # schedules that use a field
+_used_by = dict(pct_start=('triangle',), step_size=('step',), gamma=('step', 'plateau'))  # schedules that use a field
 
 def get_recipe(
     recipe='stated', # Name of a recipe, or a `Recipe`
@@ -137,7 +137,7 @@ def get_recipe(
     for k in overrides:
         if k not in known: raise ValueError(f'a recipe has no field {k!r}: its fields are {", ".join(known)}')
     new = replace(recipe, **{k: v for k, v in overrides.items() if v is not None})
-    for k, ok in _heard.items():
+    for k, ok in _used_by.items():
         if (v := getattr(new, k)) != getattr(recipe, k) and new.sched not in ok:
             raise ValueError(f'{k} is {v!r}, but sched is {new.sched!r}, which has no use for it: leave it out, or '
                              f'take sched {" or ".join(map(repr, ok))}')

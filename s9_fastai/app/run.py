@@ -107,31 +107,32 @@ def _read(path):
 
 _renamed = {'average': 'ema', 'rise': 'pct_start'}  # fields of a recipe, as version 0.1.0 wrote them
 
-def _present_names(told): return {_renamed.get(k, k): v for k, v in told.items()} if isinstance(told, dict) else told
+def _present_names(saved):
+    return {_renamed.get(k, k): v for k, v in saved.items()} if isinstance(saved, dict) else saved
 
-def _recipe(told): return Recipe(**{f.name: told[f.name] for f in fields(Recipe)})
+def _recipe(saved): return Recipe(**{f.name: saved[f.name] for f in fields(Recipe)})
 
-def _check_told(told):
-    "The `Recipe` in `told`; a ValueError for what `describe_run` cannot have told"
-    if not isinstance(told, dict): raise ValueError('not a JSON object')
+def _check_saved(saved):
+    "The `Recipe` in `saved`; a ValueError for what `describe_run` cannot have written"
+    if not isinstance(saved, dict): raise ValueError('not a JSON object')
     for k in [*(f.name for f in fields(Recipe)), *_spans, *_texts, 'deterministic']:
-        if k not in told: raise ValueError(f'{k} is missing')
-    for k, v in told.items():
+        if k not in saved: raise ValueError(f'{k} is missing')
+    for k, v in saved.items():
         if isinstance(v, (list, dict)): raise ValueError(f'{k} is a {type(v).__name__}')
         if k in _texts and not isinstance(v, str) or k == 'deterministic' and not isinstance(v, bool):
             raise ValueError(f'{k} is {v!r}')
-    check_options(told)
-    return _recipe(told)
+    check_options(saved)
+    return _recipe(saved)
 
 def read_run(
     run_dir, # Folder of a run
 )->tuple: # Its `Recipe`, and the content of its `recipe.json`
-    """What `describe_run` has told of the run in `run_dir`; a ValueError that names the file and what is wrong with it,
+    """The record of `describe_run` in `run_dir`; a ValueError that names the file and what is wrong with it,
     an OSError if it cannot be read"""
     path = recipe_path(run_dir)
     try:
-        with read_errors(path): told = _present_names(_read(path))
-        return _check_told(told), told
+        with read_errors(path): saved = _present_names(_read(path))
+        return _check_saved(saved), saved
     except ValueError as e: raise ValueError(f'{shown(path)}: {e}; put the file back as it was') from e
 
 # %% ../../nbs/77_app.run.ipynb #34f3f89e
@@ -158,11 +159,11 @@ def keep_source(
 
 def kept_source(
     run_dir, # Folder of a run
-    told:dict, # Its recipe.json
+    saved:dict, # Its recipe.json
 )->str|None: # For `load_cifar`; None where nobody has written it down
     "Where the images of the run are; a ValueError that names the file where it is damaged"
     path = Path(run_dir)/'checkpoints'/'data.json'
-    if not path.is_file(): return 'sample' if told.get('data') == 'sample' else None  # it was killed before that
+    if not path.is_file(): return 'sample' if saved.get('data') == 'sample' else None  # it was killed before that
     try: source = _read(path)
     except ValueError as e: raise ValueError(f'{shown(path)}: {e}; remove it, and give --data') from e
     if not isinstance(source, str): raise ValueError(f'{shown(path)}: no path in it; remove it, and give --data')

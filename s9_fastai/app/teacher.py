@@ -26,7 +26,7 @@ def predict_logits(
     progress:bool=True, # Show a bar, where somebody can see it?
     **about:str # As for `TeacherLogits`
 )->TeacherLogits:
-    "What `teacher`, `FlipTTA`, says of `images`, in float32"
+    "Logits of `teacher` for `images`, with flip TTA, in float32"
     teacher = FlipTTA(teacher).eval()
     like = next(teacher.parameters())
     mean, std = (torch.tensor(o, device=like.device).view(3, 1, 1) for o in (MEAN, STD))
@@ -44,7 +44,7 @@ TEACHER = Path(str(resources.files('s9_fastai')))/'assets'/'teacher.safetensors'
 def packaged_logits(
     dls, # From `cifar_dls`, of the whole of CIFAR-10
 )->TeacherLogits: # (50000, 10)
-    "What the teacher that comes with the package says; errors as `check_teacher`"
+    "The teacher logits that come with the package; errors as `check_teacher`"
     teacher_logits = TeacherLogits.load(TEACHER)
     check_teacher(teacher_logits.about, dls, 'the teacher in the package')
     return teacher_logits

@@ -43,16 +43,16 @@ _defaults = dict(seed=42, workers=0, device=None, save_every=None, deterministic
 
 def settle(
     given:dict, # Options of `s9_train` by name; None or False: not given
-    told:dict, # The recipe.json of a run that goes on; empty for a new run
+    saved:dict, # The recipe.json of a run that goes on; empty for a new run
 )->dict: # `name`, `seed`, `workers`, `device`, `save_every` and `deterministic`
     "The options of a run; ValueError for those that do not go together or are out of range"
     there = {k: v for k, v in given.items() if v is not None and v is not False}
     for nm in ('out', 'recipe', 'teacher'):
-        if told and nm in there: raise ValueError(f'--{nm} makes a new run, --resume goes on with one: leave one out')
-    if 'force' in there and not told: raise ValueError('--force goes with --resume: a new run has nothing to force')
+        if saved and nm in there: raise ValueError(f'--{nm} makes a new run, --resume goes on with one: leave one out')
+    if 'force' in there and not saved: raise ValueError('--force goes with --resume: a new run has nothing to force')
     name = there.get('recipe', 'sample' if str(given['data']) == 'sample' else 'stated')
-    sources = [there, told, _defaults]
-    options = {'name': told.get('name', name), **{k: next(o[k] for o in sources if k in o) for k in _defaults}}
+    sources = [there, saved, _defaults]
+    options = {'name': saved.get('name', name), **{k: next(o[k] for o in sources if k in o) for k in _defaults}}
     check_options(options)
     return {**options, 'device': str(get_device(options['device']))}
 
@@ -77,10 +77,10 @@ def _loaders(data, recipe, options):
     check_batches(dls, recipe)
     return dls
 
-def _ask_run(path, dls):
-    "A function that asks the Net of the run in `path` about the training images"
-    own, told = read_run(path)
-    about = dict(data_key=told['data_key'], held_out=str(own.held_out))
+def _run_logits(path, dls):
+    "A function that computes the logits of the Net of the run in `path` for the training images"
+    own, saved = read_run(path)
+    about = dict(data_key=saved['data_key'], held_out=str(own.held_out))
     check_teacher(about, dls, path)
     net = run_net(path).to(dls.device, memory_format=torch.channels_last)
     return partial(predict_logits, net, load_cifar(dls.data_source).train.images, **about)
@@ -93,15 +93,15 @@ def _teacher(given, run_dir, dls, recipe):
     if given['teacher'] is None: teacher_logits = packaged_logits(dls)
     else:
         path = run_path(given['teacher'], 'teacher')
-        if not os.path.isfile(path): return _ask_run(path, dls)
+        if not os.path.isfile(path): return _run_logits(path, dls)
         teacher_logits = TeacherLogits.load(path)
         check_teacher(teacher_logits.about, dls, path)
     check_logits(teacher_logits, dls)  # before the folder is made
     return lambda: teacher_logits
 
-def _write_down(run_dir, now, teacher_logits, n_done, told):
-    "What the run is, and what its teacher says; recipe.json comes last, since without one a folder counts as unused"
-    if n_done == now['epochs'] == told.get('epochs'): return
+def _write_down(run_dir, now, teacher_logits, n_done, saved):
+    "Write teacher logits and recipe.json; the latter comes last, since without one a folder counts as unused"
+    if n_done == now['epochs'] == saved.get('epochs'): return
     if teacher_logits: teacher_logits.save(run_dir/'teacher.safetensors')
     write_json(run_dir/'recipe.json', now)
 
@@ -112,20 +112,20 @@ def prepare(
     "All that comes before the first batch; `BadInput` for whatever is wrong with the input"
     try:
         run_dir = None if given['resume'] is None else run_path(given['resume'], 'resume')
-        recipe, told = read_run(run_dir) if run_dir else (None, {})
-        options = settle(given, told)
+        recipe, saved = read_run(run_dir) if run_dir else (None, {})
+        options = settle(given, saved)
         recipe = get_recipe(recipe or options['name'], **overrides)
         n_done = _epochs_done(run_dir, recipe.epochs) if run_dir else 0
-        source = kept_source(run_dir, told) if run_dir and given['data'] is None else given['data']
+        source = kept_source(run_dir, saved) if run_dir and given['data'] is None else given['data']
         dls = _loaders(source, recipe, options)
         teacher = _teacher(given, run_dir, dls, recipe)
         if not run_dir: run_dir = new_run_dir(given['out'], options['name'])
         teacher_logits = teacher and teacher()
         now = describe_run(dls, recipe, options, teacher_logits)
-        if told: check_same_run(run_dir, told, now, given['force'], n_done == recipe.epochs)
+        if saved: check_same_run(run_dir, saved, now, given['force'], n_done == recipe.epochs)
         learn = s9_learner(dls, recipe, run_dir, options['save_every'], given['force'], teacher_logits)
         with naming(run_dir): learn.checkpoint.claim()  # before the first file is written, and until the fit ends
-        _write_down(run_dir, now, teacher_logits, n_done, told)
+        _write_down(run_dir, now, teacher_logits, n_done, saved)
         keep_source(run_dir, dls.data_source)
         return learn, run_dir, n_done == recipe.epochs
     except (ValueError, OSError) as e: raise BadInput(str(e)) from e

@@ -16,10 +16,11 @@ from fastai.vision.core import PILMask
 from fasttransform import ItemTransform
 
 import albumentations as A, cv2  # after fastai, whose star import would bring another A
-from .keys import ItemKey, KeyedTransform, item_key, kept_global
+from .keys import ItemKey, KeyedTransform, item_key
 from .pipelines import (check_kinds, check_pipeline, check_scaling, check_targets, in_places, moving,
                                  warn_sizes)
 from .pixels import from_uint8, to_uint8
+from ..core.generators import random_kept
 
 # %% ../../nbs/14_augment.item.ipynb #8efe6c2b
 class KeyedRandom:
@@ -88,7 +89,7 @@ class AlbumentationsTransform(KeyedTransform, ItemTransform):
 
     def _try(self, dl):
         "One training item of `dl`, so that errors and warnings come once, when loaders are made; it draws from nobody"
-        with kept_global():
+        with random_kept(devices=False):
             x = dl.dataset[0]
             for t in dl.after_item.fs: x = t(x, split_idx=0)  # those before this one
             self(x, split_idx=0)

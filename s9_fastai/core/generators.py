@@ -13,9 +13,12 @@ from typing import Any, Callable, NamedTuple
 import numpy as np, torch
 
 # %% ../../nbs/06_core.generators.ipynb #ed917ba9
-def random_state()->dict: # By library
-    "The state of the global random generators of Python, numpy and torch, on each device that is in use"
+def random_state(
+    devices:bool=True, # Those of CUDA and MPS too, where they are in use? To read them waits for the device
+)->dict: # By library
+    "The state of the global random generators of Python, numpy and torch"
     state = dict(python=random.getstate(), numpy=np.random.get_state(), torch=torch.get_rng_state())
+    if not devices: return state
     if torch.cuda.is_initialized(): state['cuda'] = torch.cuda.get_rng_state_all()
     if torch.backends.mps.is_available(): state['mps'] = torch.mps.get_rng_state()
     return state
@@ -33,9 +36,11 @@ def load_random_state(
 
 # %% ../../nbs/06_core.generators.ipynb #86edcac7
 @contextmanager
-def random_kept():
+def random_kept(
+    devices:bool=True, # As for `random_state`
+):
     "The global random generators are in their old states after the block"
-    state = random_state()
+    state = random_state(devices)
     try: yield
     finally: load_random_state(state)
 

@@ -46,7 +46,7 @@ class SignalNote:
     def _in_worker(self, signum):
         "Terminals and batch systems signal whole groups: a worker stays, since its parent needs it to finish the batch"
         if signum == signal.SIGINT: return
-        if self.is_warned: os._exit(128 + signum)  # the second SIGTERM is its parent's, or somebody is in earnest
+        if self.is_warned: os._exit(128 + signum)  # torch ends its workers with SIGTERM too
         self.is_warned = True
 
     def note(self,

@@ -52,7 +52,7 @@ class TeacherLogits:
 # %% ../../nbs/55_training.distill.ipynb #1d698733
 def check_teacher(
     about:dict, # What is known of a teacher: `data_key` of its images, `held_out`, how many of them it has not seen
-    dls, # From `cifar_dls`, for the one who learns
+    dls, # From `cifar_dls`, for the student
     where, # File or folder of the teacher, for the error
 ):
     "A ValueError where a teacher of other images would teach, or one that has seen what is held out"
@@ -65,7 +65,7 @@ def check_teacher(
 
 # %% ../../nbs/55_training.distill.ipynb #ceacc71b
 def distillation_loss(
-    logits:torch.Tensor, # (B, classes) of the one who learns
+    logits:torch.Tensor, # (B, classes) of the student
     teacher:torch.Tensor, # (B, classes) of the teacher
     temperature:float, # By which both are divided, above 0
 )->torch.Tensor: # Scalar, at least 0
@@ -76,23 +76,23 @@ def distillation_loss(
 # %% ../../nbs/55_training.distill.ipynb #02329650
 def check_logits(
     teacher_logits:TeacherLogits, # A teacher's
-    dls, # `DataLoaders` of the one who learns
+    dls, # `DataLoaders` of the student
 ):
     """A ValueError where the images or classes of `dls` are not those of `teacher_logits`, and as `check_teacher` where
-    both say what their images are; a TypeError for loaders that do not tell which images are in a batch, or for targets
+    both say what their images are; a TypeError for loaders without the numbers of the images in a batch, or for targets
     that are not one class an image"""
     dl, (n, n_class) = dls.train, teacher_logits.logits.shape
     if not isinstance(dl, KeyedDL) or not all(isinstance(i, Integral) for i in dl.dataset.items):
-        raise TypeError(f'{type(dl).__name__} does not tell the numbers of the images in a batch, but Distill must '
-                        'know them: use the loaders of cifar_dls')
+        raise TypeError(f'{type(dl).__name__} does not have the numbers of the images in a batch, which Distill '
+                        'needs: use the loaders of cifar_dls')
     if getattr(y := dl.dataset[0][-1], 'ndim', None) != 0:
-        raise TypeError(f'the target of an image is a {type(y).__name__}, but a teacher tells one class an image from '
-                        'the others: leave Distill out')
+        raise TypeError(f'the target of an image is a {type(y).__name__}, but teacher logits are for one class an image'
+                        ': leave Distill out')
     if (most := max(dl.dataset.items)) >= n:
         raise ValueError(f'the teacher has logits for {n} images, but the loaders have one of number {most}: '
                          'ask it again, of these images')
     if n_class != dls.c:
-        raise ValueError(f'the teacher knows {n_class} classes, but the loaders have {dls.c}: take another teacher')
+        raise ValueError(f'the teacher has {n_class} classes, but the loaders have {dls.c}: take another teacher')
     if 'data_key' not in teacher_logits.about or not hasattr(dls, 'data_key'): return
     check_teacher(teacher_logits.about, dls, 'the teacher')
 
@@ -113,7 +113,7 @@ class Distill(Callback):
         self.teacher_logits, self.weight, self.temperature, self.spread = teacher_logits, weight, temperature, spread
 
     def batch_logits(self):
-        "What the teacher says of the images of the batch, (B, classes)"
+        "Teacher logits for the images of the batch, (B, classes)"
         items = self.dls.train.dataset.items
         here = [items[i] for i in self.dls.train.places(self.iter)]
         return self.teacher_logits.centred[here]*(self.spread/self.teacher_logits.std)
