@@ -213,31 +213,39 @@ def near_orthogonal(m):
     return x.T if m.shape[0] > m.shape[1] else x
 
 
+def hidden_names(model, groups):
+    "Names of the weights between the first and the last one in the optimizer's `groups`, without those of depthwise convolutions"
+    owners = {id(p): m for m in model.modules() for p in m.parameters(recurse=False)}
+    names = {id(p): k for k, p in model.named_parameters()}
+    weights = [(names[id(p)], owners[id(p)]) for g in groups for p in g if p.ndim > 1 and p.shape[0] > 1]
+    return {k for k, m in weights[1:-1] if not (isinstance(m, nn.modules.conv._ConvNd) and m.groups == m.in_channels > 1)}
+
+
 def muon_step(p, step, lr, scale):
-    if p.ndim == 4 and p.shape[1] > 3:
-        m = step.flatten(1)
-        step = near_orthogonal(m).view_as(p)*scale*max(m.shape)**0.5
-    return p - lr*step
+    m = step.flatten(1)
+    return p - lr*near_orthogonal(m).view_as(p)*scale*max(m.shape)**0.5
 
 
 @check('Muon')
 def check_muon(learner, tmp):
-    "`FastMuon`: two steps are those of a plain reference, Muon for the matrices of convolutions and Nesterov's SGD for all else"
+    "`FastMuon`: two steps are those of a plain reference, Muon for the weights of hidden layers and Nesterov's SGD for all else"
     lr, mom, wd, scale = 0.02, 0.9, 0.1, 0.0133
     learn = new(learner, opt_func=partial(FastMuon, mom=mom, scale=scale), lr=lr, wd=wd)
     look = lambda learn: {k: (p.detach().clone(), p.grad.clone()) for k, p in learn.model.named_parameters() if p.grad is not None}
     before = Steps('before_step', look)
     learn.fit(1, cbs=[before, after := Steps('after_step', look, 2)])
-    plain, worst, n = {id(p) for p in norm_bias_params(learn.model)}, 0, 0  # not decayed, as in fastai
+    plain, worst = {id(p) for p in norm_bias_params(learn.model)}, 0  # not decayed, as in fastai
+    hidden = hidden_names(learn.model, learn.opt.param_lists)
     decays = {k: id(p) not in plain for k, p in learn.model.named_parameters()}
     for k, ((p, g), (_, g2)) in {k: [o[k] for o in before.seen] for k in before.seen[0]}.items():
         avg = 0
         for g, got in ((g, after.seen[0][k][0]), (g2, after.seen[1][k][0])):
             avg = mom*avg + g
-            want = muon_step(p*(1 - lr*wd) if decays[k] else p, g + mom*avg, lr, scale)
+            start, step = p*(1 - lr*wd) if decays[k] else p, g + mom*avg
+            want = muon_step(start, step, lr, scale) if k in hidden else start - lr*step
             worst, p = max(worst, ((got - want).abs().max()/(want - p).abs().max().clamp_min(1e-12)).item()), got
-        n += p.ndim == 4 and p.shape[1] > 3
     assert worst <= 1e-3, worst
+    n = len(hidden & before.seen[0].keys())
     return f'{n} matrices, {len(before.seen[0]) - n} other tensors, steps within {worst:.0e}'
 
 
