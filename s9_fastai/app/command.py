@@ -67,12 +67,14 @@ def recipe_options(
 ):
     "Options for the fields of the recipe, with the comments that stand there, what they take and the default"
     if names == (): return
+    from s9_fastai.app.checked import field_kind
     from s9_fastai.app.recipe import Recipe, field_values  # here, since it loads torch, and the commands begin without
     docs, values = docments(Recipe), field_values()
-    group = parser.add_argument_group("fields of the recipe; not given: its own value [in brackets: that of stated]")
+    group = parser.add_argument_group("fields of the recipe; default: the value of the recipe [in brackets: of stated]")
     for f in fields(Recipe):
         if names is None or f.name in names:
-            group.add_argument(f'--{f.name.replace("_", "-")}', type=f.type, metavar=f'({f.type.__name__})',
+            kind = field_kind(f)
+            group.add_argument(f'--{f.name.replace("_", "-")}', type=kind, metavar=f'({kind.__name__})',
                                help=f'{docs[f.name]}: {values[f.name]} [{f.default}]')
 
 # %% ../../nbs/74_app.command.ipynb #9ce1c10e
@@ -92,7 +94,8 @@ def command_parser(
     p.allow_abbrev = False
     for k, v in (values or {}).items():
         option = next(a for a in p._actions if a.dest == k)
-        option.help = f'{option.help}: {v}'
+        what, default = option.help.partition('; default')[::2]
+        option.help = f'{what}: {v}' + (f'; default{default}' if default else '')
     more = [f'[{a.dest} ...]' for a in p._actions if not a.option_strings]
     p.usage = ' '.join([p.prog, '[options]', *more])  # a list of all of them takes a dozen lines, and is below
     p.add_argument('--version', action='version', version=f's9_fastai {__version__}')

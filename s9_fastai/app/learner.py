@@ -21,12 +21,11 @@ from ..resume.checkpoint import Checkpoint
 from ..training.guards import FiniteLoss, NoNormDecay
 from ..core.paths import given_path
 from ..training.distill import TeacherLogits
-from ..cifar.facts import CLASSES
 from .inputs import check_batches, check_inputs, n_outputs
-from ..nets.net import WEIGHTS
 from ..training.record import EpochRecorder, RunLog
 from ..training.schedule import sets_rate
-from ..core.weights import load_weights
+from ..data.source import image_source
+from ..nets.saved import load_net
 from .recipe import Recipe, get_recipe
 
 # %% ../../nbs/73_app.learner.ipynb #e382fbde
@@ -47,22 +46,27 @@ def _check_rates(recipe, cbs):
                              'of the recipe: give get_recipe("stated", sched="none") as the recipe, or leave it out')
 
 def _warn_of_loaders(dls, recipe):
-    "A UserWarning for what the recipe, and not every recipe, asks of the loaders, and `cifar_dls` was not asked for"
-    own, have = get_recipe(), getattr(dls, 'made_with', {})
+    "A UserWarning for settings of the recipe that its loaders were not made with"
+    source, own = image_source(dls), get_recipe()
+    have = source.arguments if source else {}
     asked = {k: v for k, v in vars(recipe).items() if k in have and v != getattr(own, k)}
     if wrong := [k for k, v in asked.items() if isinstance(have[k], type(v)) and have[k] != v]:
         call, there = (', '.join(f'{k}={o[k]!r}' for k in wrong) for o in (asked, have))
         warnings.warn(f'the recipe has {call}, but these loaders have {there}: give cifar_dls the same', stacklevel=3)
 
-def _net(recipe, dls, pretrained):
-    if not pretrained: return recipe.net(n_outputs(dls))
-    (n, norm), own, vocab = (recipe.n_channels, recipe.norm), get_recipe(), tuple(getattr(dls, 'vocab', CLASSES))
-    if vocab != CLASSES or n_outputs(dls) != len(CLASSES):
-        raise ValueError(f'the pretrained weights are of the {len(CLASSES)} classes of CIFAR-10, but these loaders '
+# %% ../../nbs/73_app.learner.ipynb #153b79fe
+def _pretrained_net(recipe, dls):
+    "The network in the package; a ValueError unless it is that of `recipe` and has the classes of `dls`"
+    (net, spec), (n, norm), own = load_net(), (recipe.n_channels, recipe.norm), get_recipe()
+    if tuple(getattr(dls, 'vocab', spec.classes)) != spec.classes or n_outputs(dls) != len(spec.classes):
+        raise ValueError(f'the pretrained weights are of the {len(spec.classes)} classes of CIFAR-10, but these loaders '
                          f'have {n_outputs(dls)} others: leave pretrained out')
-    if (n, norm) == (own.n_channels, own.norm): return load_weights(recipe.net(), WEIGHTS)
-    raise ValueError(f'the pretrained weights are of n_channels={own.n_channels} and norm={own.norm!r}, but the recipe '
-                     f'has {n} and {norm!r}: leave these or pretrained out')
+    if (n, norm) != (own.n_channels, own.norm):
+        raise ValueError(f'the pretrained weights are of n_channels={own.n_channels} and norm={own.norm!r}, but the '
+                         f'recipe has {n} and {norm!r}: leave these or pretrained out')
+    made = recipe.net()  # with the recipe's dropout
+    made.load_state_dict(net.state_dict())
+    return made
 
 # %% ../../nbs/73_app.learner.ipynb #38d82414
 def s9_learner(
@@ -80,7 +84,7 @@ def s9_learner(
     recipe = get_recipe(recipe)
     _check_call(dls, kwargs, run_dir, save_every, force), _check_rates(recipe, kwargs.get('cbs'))
     check_batches(dls, recipe)
-    net = _net(recipe, dls, pretrained)
+    net = _pretrained_net(recipe, dls) if pretrained else recipe.net(n_outputs(dls))
     check_inputs(dls, None if 'loss_func' in kwargs else n_outputs(dls))
     _warn_of_loaders(dls, recipe)
     own = dict(loss_func=recipe.loss_func(), opt_func=recipe.opt_func(), lr=recipe.lr, wd=recipe.wd, metrics=accuracy)

@@ -20,12 +20,13 @@ from fastcore.meta import delegates
 from fasttransform.transform import compose_tfms
 
 from ..core.environment import get_device
-from .facts import CLASSES, MEAN, STD, Cifar10
+from .facts import CLASSES, MEAN, SPEC, STD, Cifar10
 from .load import load_cifar
 from ..augment.item import AlbumentationsTransform
 from ..augment.batch import BatchAugment
 from ..augment.keys import KeyedDL, item_seed, under_key
 from .readers import ImageReader, LabelReader
+from ..data.source import Source
 from ..data.loader import RowNormalize, hold_out
 from ..augment.policies import augmentation
 
@@ -123,9 +124,7 @@ def cifar_dls(
     items = range(len(data.train.labels) + (0 if held_out else len(data.test.labels)))
     dls = cifar_block(data, held_out=held_out, **kwargs).dataloaders(
         items, bs=bs, seed=seed, num_workers=num_workers, device=device, drop_last=False)
-    # so that a run can say what it was trained on, and a teacher whether it has seen what validates
-    dls.data_source, dls.data_key, dls.held_out = data.source, data.key, held_out
     of_tfm = signature(augmentation).bind(**kwargs)
     of_tfm.apply_defaults()
-    dls.made_with = dict(bs=bs, held_out=held_out, **of_tfm.arguments)  # a recipe may ask for something else
+    dls.source = Source(data.source, data.key, SPEC, held_out, dict(bs=bs, held_out=held_out, **of_tfm.arguments))
     return dls

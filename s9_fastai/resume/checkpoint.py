@@ -14,15 +14,17 @@ from signal import Signals
 
 from fastai.callback.core import Callback
 from fastai.optimizer import Optimizer
+from fastai.imports import noop
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from torch.nn.parameter import is_lazy
 
 from .changed import FitChanges, fit_roots, in_workers, init_params, put_changes
 from ..augment.keys import KeyedDL
-from ..core.environment import changes
+from ..core.environment import changes, environment
 from ..core.files import naming, remove_leftovers
 from ..core.events import in_fit
+from ..core.weights import check_weights
 from ..core.generators import load_random_state
 from .learner import SkipTo, learner_state, load_learner_state, load_model_state
 from .saved import ResumeError, Place, checkpoint_files, checkpoint_name, newest_checkpoint
@@ -52,9 +54,11 @@ class Checkpoint(Callback):
         # what the present fit found, with its number; attributes that a fit has changed; those that cannot be kept
         self.begun, self.moved, self.lost = (-1, None), set(), []
         self.note, self.file_lock = SignalNote(), None
+        # settings that no force can change; a checkpoint that was read before the fit; what to do once it may begin
+        self.fixed, self.found, self.after_check = {}, None, noop
 
     def __getstate__(self):  # for `export`
-        return {**super().__getstate__(), 'note': SignalNote(), 'file_lock': None, 'begun': (-1, None)}
+        return {**super().__getstate__(), 'note': SignalNote(), 'file_lock': None, 'begun': (-1, None), 'found': None, 'after_check': noop}
 
 
 
@@ -77,8 +81,9 @@ def before_fit(self:Checkpoint):
     self.learn.remove_cb(SkipTo)
     try:
         self.begin_again()
-        self.fits[self.n_fits:] = [fit_settings(self.learn, is_first=not self.n_fits)]
+        self.fits[self.n_fits:] = [{**fit_settings(self.learn, is_first=not self.n_fits), **self.fixed}]
         self.begin_or_go_on()
+        self.after_check()
     except BaseException:
         self.release()  # somebody else may have the folder
         raise
@@ -99,13 +104,20 @@ def begin_again(self:Checkpoint):
 @patch
 def begin_or_go_on(self:Checkpoint):
     "Take up the newest checkpoint if it belongs to this fit or a later one, else save the very beginning of the fit"
-    found = newest_checkpoint(self.run_dir)
+    found = self.newest()
     if found and len(found[0]['fits']) > self.n_fits: return self.go_on(*found)
     is_used = any((self.run_dir/nm).exists() for nm in ('log.txt', 'history.csv'))
     if is_used and not self.n_fits and not self.kept:
         raise ResumeError(f'{self.run_dir} has the history of a run, but no checkpoint to go on from: name a new '
                               'folder')
     self.save(Place(0, 'train', 0))
+
+@patch
+def newest(self:Checkpoint):
+    "The newest checkpoint as `newest_checkpoint`; one that was read before is not read again if it is still the newest"
+    found, self.found = self.found, None
+    if found and checkpoint_files(self.folder)[:1] == [found[1]]: return found
+    return newest_checkpoint(self.run_dir)
 
 @patch
 def claim(self:Checkpoint):
@@ -139,8 +151,27 @@ def go_on(self:Checkpoint,
     self.learn.add_cb(SkipTo(place))
     if place[1:] == ('train', 0): self.restore()  # else at the place, after the others have begun with that part
 
+def _fits(model, weights):
+    try: check_weights(model, weights)
+    except ValueError: return False
+    return True
+
+@patch
+def not_forced(self:Checkpoint,
+    state:dict, # From `newest_checkpoint`
+    found:dict, # Changed settings by name
+)->str: # Why they are refused, with the remedy; empty where they are forced
+    "Whether the changed settings `found` are refused"
+    if not self.force: return 'Set them back, name a new folder, or force it and get a result of both'
+    if not _fits(self.learn.model, state['model']) or found.keys() & self.fixed.keys():
+        return 'Set them back or start a new run: what this one has saved does not fit'
+    is_over = state['done'] and self.learn.n_epoch == state['fits'][-1]['n_epoch']
+    if is_over and len(state['fits']) == len(self.fits) and found.keys() - environment().keys():
+        return 'It has had its epochs, so they would change nothing: set them back, or take more epochs'
+    return ''
+
 _hints = dict.fromkeys(('items', 'valid_items'), 'these are other items, or another split of them: give the splitter '
-                       'a seed, and each fold a run_dir of its own')
+                       'a seed, and each fold a run_dir of its own') | {'data_key': 'these are other images'}
 
 @patch
 def check(self:Checkpoint,
@@ -152,9 +183,8 @@ def check(self:Checkpoint,
         found.pop('n_epoch', None)
     if found.keys() & vars(getattr(self.learn, 'recipe', self.note)).keys(): found.pop('model', None)  # follows from it
     changed = '; '.join(f'{v} ({_hints[k]})' if k in _hints else v for k, v in found.items())
-    if changed and not self.force:
-        raise ResumeError(f'{self.run_dir}: settings have changed since the run stopped: {changed}. Set them back, '
-                          'name a new folder, or force it and get a result of both')
+    if changed and (fault := self.not_forced(state, found)):
+        raise ResumeError(f'{self.run_dir}: settings have changed since the run stopped: {changed}. {fault}')
     if changed: warnings.warn(f'{self.run_dir} goes on with changed settings: {changed}')
 
 # %% ../../nbs/68_resume.checkpoint.ipynb #06181e4c

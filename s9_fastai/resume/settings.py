@@ -172,7 +172,7 @@ def fit_settings(
     recipe = asdict(learn.recipe) if hasattr(learn, 'recipe') else {}
     device, opt = _device(learn), learn.opt
     return {**{k: v for k, v in recipe.items() if k != 'epochs'}, **_loaders(learn.dls), 'vocab': _vocab(learn.dls),
-            'data_key': getattr(learn.dls, 'data_key', None), 'model': _model(learn.model),
+            'data_key': getattr(getattr(learn.dls, 'source', None), 'key', None), 'model': _model(learn.model),
             'optimizer': _optimizer(learn, is_first), 'loss_func': describe(learn.loss_func),
             'metrics': f'[{", ".join(map(_metric, learn.metrics))}]',
             **_callbacks(learn), 'device': device.type, 'train_bn': learn.train_bn, 'wd_bn_bias': learn.wd_bn_bias,

@@ -6,59 +6,69 @@
 __all__ = ['TeacherLogits', 'check_teacher', 'distillation_loss', 'check_logits', 'Distill']
 
 # %% ../../nbs/55_training.distill.ipynb #b7fb6464
-from numbers import Integral, Real
+from numbers import Integral
 
 import torch
 import torch.nn.functional as F
+from annotated_types import Interval
 from fastai.callback.core import Callback
+from fastcore.basics import patch
 
 from ..augment.keys import KeyedDL
+from ..core.checks import check_number
 from ..core.text import read_errors, shown
 from ..core.events import in_fit
 from ..core.weights import checksum, read_tensors, write_tensors
+from ..data.source import image_source
 
 # %% ../../nbs/55_training.distill.ipynb #4b664395
 class TeacherLogits:
-    "A teacher's logits for every training image, as float16; a ValueError unless they are a matrix that it can hold"
+    "A teacher's logits for every training image, as float16; a ValueError unless they are a finite matrix"
     def __init__(self,
         logits:torch.Tensor, # (N, classes), in the order of the training images
-        **about:str # What else is to be known of the teacher, such as the images that it has seen
+        **about:str # `data_key` of the images, and `held_out`, how many of them the teacher was not trained on
     ):
         half = logits.half()  # a file of a megabyte; three digits of a logit are enough
         if logits.ndim != 2 or not logits.is_floating_point() or not half.isfinite().all():
             raise ValueError(f'logits are {logits.dtype} {tuple(logits.shape)}, but must be floats (N, classes), '
                              'all of them finite and below 65,504 in size')
         self.logits, self.about = half.cpu().contiguous(), about
-        self.key = checksum({'logits': self.logits}, about)  # which teacher, for the record
+        self.key = checksum({'logits': self.logits}, about)  # identifies the teacher in the record of a run
         full = self.logits.float()
         self.centred = full - full.mean(1, keepdim=True)  # (N, classes), each row around 0
-        self.std = self.centred.std().clamp_min(1e-6)  # not 0 for one who knows nothing
+        self.std = self.centred.std().clamp_min(1e-6)  # above 0, also where all logits are equal
 
-    def save(self,
-        path, # A .safetensors file, replaced as a whole
-    ): write_tensors(path, {'logits': self.logits}, **self.about)
+# %% ../../nbs/55_training.distill.ipynb #dd51dbc7
+@patch
+def save(self:TeacherLogits,
+    path, # A .safetensors file, replaced as a whole
+):
+    "Write the logits to `path`"
+    write_tensors(path, {'logits': self.logits}, **self.about)
 
-    @classmethod
-    def load(cls,
-        path, # From `save`; errors as `read_tensors`
-    ):
-        "The logits in the file `path`; a ValueError too for a file of something else, an OSError that names `path`"
-        with read_errors(path): tensors, about = read_tensors(path)
-        about = {k: v for k, v in about.items() if k in ('data_key', 'held_out')}  # a stranger's may have any
-        try: return cls(tensors['logits'], **about)
-        except (KeyError, ValueError) as e:
-            raise ValueError(f"{path}: no teacher's logits in it ({e}); use another copy") from e
+# %% ../../nbs/55_training.distill.ipynb #ab572d46
+@patch(cls_method=True)
+def load(cls:TeacherLogits,
+    path, # From `save`
+):
+    "The logits in the file `path`; a ValueError for a file of something else, an OSError that names `path`"
+    with read_errors(path): tensors, about = read_tensors(path)
+    about = {k: v for k, v in about.items() if k in ('data_key', 'held_out')}
+    try: return cls(tensors['logits'], **about)
+    except (KeyError, ValueError) as e:
+        raise ValueError(f"{path}: no teacher's logits in it ({e}); use another copy") from e
 
 # %% ../../nbs/55_training.distill.ipynb #1d698733
 def check_teacher(
-    about:dict, # What is known of a teacher: `data_key` of its images, `held_out`, how many of them it has not seen
-    dls, # From `cifar_dls`, for the student
+    about:dict, # Of `TeacherLogits`: `data_key` and `held_out`
+    dls, # Loaders of the student, with a `Source`
     where, # File or folder of the teacher, for the error
 ):
-    "A ValueError where a teacher of other images would teach, or one that has seen what is held out"
-    if about.get('data_key') != getattr(dls, 'data_key', None):
+    "A ValueError where the teacher was trained on other images, or on some that are held out"
+    source = image_source(dls)
+    if source is None or about.get('data_key') != source.key:
         raise ValueError(f'{shown(where)}: a teacher of other images than these: take one trained on the same data')
-    held_out = getattr(dls, 'held_out', 0)  # loaders that `cifar_dls` did not make hold out none that it knows of
+    held_out = source.held_out
     if held_out and about.get('held_out') != str(held_out):
         raise ValueError(f'{shown(where)}: this teacher was trained with held_out {about.get("held_out")}, so it has '
                          f'seen images that are held out now: train one with held_out {held_out}')
@@ -78,9 +88,8 @@ def check_logits(
     teacher_logits:TeacherLogits, # A teacher's
     dls, # `DataLoaders` of the student
 ):
-    """A ValueError where the images or classes of `dls` are not those of `teacher_logits`, and as `check_teacher` where
-    both say what their images are; a TypeError for loaders without the numbers of the images in a batch, or for targets
-    that are not one class an image"""
+    """A ValueError where images or classes of `dls` are not those of `teacher_logits`; a TypeError for loaders without
+    image numbers, or targets that are not one class an image"""
     dl, (n, n_class) = dls.train, teacher_logits.logits.shape
     if not isinstance(dl, KeyedDL) or not all(isinstance(i, Integral) for i in dl.dataset.items):
         raise TypeError(f'{type(dl).__name__} does not have the numbers of the images in a batch, which Distill '
@@ -90,11 +99,10 @@ def check_logits(
                         ': leave Distill out')
     if (most := max(dl.dataset.items)) >= n:
         raise ValueError(f'the teacher has logits for {n} images, but the loaders have one of number {most}: '
-                         'ask it again, of these images')
+                         'compute them again, for these images')
     if n_class != dls.c:
         raise ValueError(f'the teacher has {n_class} classes, but the loaders have {dls.c}: take another teacher')
-    if 'data_key' not in teacher_logits.about or not hasattr(dls, 'data_key'): return
-    check_teacher(teacher_logits.about, dls, 'the teacher')
+    if 'data_key' in teacher_logits.about and image_source(dls): check_teacher(teacher_logits.about, dls, 'the teacher')
 
 # %% ../../nbs/55_training.distill.ipynb #5d933680
 class Distill(Callback):
@@ -108,26 +116,32 @@ class Distill(Callback):
         spread:float=4., # Standard deviation that the teacher's logits are brought to, above 0
     ):
         for nm, v, most in (('weight', weight, 1), ('temperature', temperature, 1000), ('spread', spread, 1000)):
-            if isinstance(v, bool) or not isinstance(v, Real) or not 0 < v <= most:
-                raise ValueError(f'{nm} is {v!r}, but must be a number above 0 and up to {most}')
+            check_number(nm, v, Interval(gt=0, le=most))
         self.teacher_logits, self.weight, self.temperature, self.spread = teacher_logits, weight, temperature, spread
 
-    def batch_logits(self):
-        "Teacher logits for the images of the batch, (B, classes)"
-        items = self.dls.train.dataset.items
-        here = [items[i] for i in self.dls.train.places(self.iter)]
-        return self.teacher_logits.centred[here]*(self.spread/self.teacher_logits.std)
+# %% ../../nbs/55_training.distill.ipynb #b06046ab
+@patch
+def batch_logits(self:Distill)->torch.Tensor: # (B, classes)
+    "Scaled teacher logits for the images of the batch"
+    items = self.dls.train.dataset.items
+    here = [items[i] for i in self.dls.train.places(self.iter)]
+    return self.teacher_logits.centred[here]*(self.spread/self.teacher_logits.std)
 
-    def before_fit(self):
-        "Errors as `check_logits`, and where images are mixed, for which the teacher has no logits"
-        from fastai.callback.mixup import MixHandler  # takes a second to import, so not before somebody distils
-        if not in_fit(self.learn): return  # to predict or validate takes no teacher, and loaders may be empty
-        check_logits(self.teacher_logits, self.dls)
-        if mixing := [cb.name for cb in self.learn.cbs if isinstance(cb, MixHandler)]:
-            raise ValueError(f'{mixing[0]} mixes images, for which the teacher has no logits: leave one of the two out')
+# %% ../../nbs/55_training.distill.ipynb #ba14c79b
+@patch
+def before_fit(self:Distill):
+    "Errors as `check_logits`, and for callbacks that mix images"
+    from fastai.callback.mixup import MixHandler  # takes a second to import
+    if not in_fit(self.learn): return  # to predict or validate takes no teacher, and loaders may be empty
+    check_logits(self.teacher_logits, self.dls)
+    if mixing := [cb.name for cb in self.learn.cbs if isinstance(cb, MixHandler)]:
+        raise ValueError(f'{mixing[0]} mixes images, for which the teacher has no logits: leave one of the two out')
 
-    def after_loss(self):
-        if not self.training: return
-        soft = distillation_loss(self.pred, self.batch_logits().to(self.pred.device, self.pred.dtype), self.temperature)
-        self.learn.loss_grad = (1 - self.weight)*self.loss_grad + self.weight*soft
-        self.learn.loss = self.learn.loss_grad.clone()
+# %% ../../nbs/55_training.distill.ipynb #be1f3850
+@patch
+def after_loss(self:Distill):
+    "Mix the distillation loss into the training loss"
+    if not self.training: return
+    soft = distillation_loss(self.pred, self.batch_logits().to(self.pred.device, self.pred.dtype), self.temperature)
+    self.learn.loss_grad = (1 - self.weight)*self.loss_grad + self.weight*soft
+    self.learn.loss = self.learn.loss_grad.clone()
