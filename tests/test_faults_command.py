@@ -26,7 +26,7 @@ import s9_fastai.app.train
 from s9_fastai.cifar.load import load_cifar
 from s9_fastai.app.recipe import RECIPES, Recipe, get_recipe
 from s9_fastai.cifar.facts import data_path
-from s9_fastai.app.run import read_run
+from s9_fastai.app.run import open_run
 from s9_fastai.core.weights import save_weights
 from s9_fastai.app.train import main_summary, main_train
 
@@ -305,9 +305,9 @@ changed = {  # fault: options, and what the message says
     'another Net': ('--n-channels 6 --force', 'n_channels was 4, is 6. Set them back or start a new run: what this one has saved does not fit'),
     'fewer epochs than the run has had': ('--epochs 1', 'has had 2: give as many or more, or start a new run'),
     'fewer epochs, forced, with data': ('--epochs 1 --force --data sample', 'has had 2: give as many or more, or start a new run'),
-    'a run to go on with, and a folder for a new one': ('--out new', '--out makes a new run, --resume goes on with one: leave one out'),
-    'a run to go on with, and another recipe': ('--recipe logged', '--recipe makes a new run, --resume goes on with one: leave one out'),
-    'a run to go on with, and a teacher': ('--teacher elsewhere', '--teacher makes a new run, --resume goes on with one: leave one out'),
+    'a run to go on with, and a folder for a new one': ('--out new', '--out is for a new run and --resume for an existing one: leave one out'),
+    'a run to go on with, and another recipe': ('--recipe logged', '--recipe is for a new run and --resume for an existing one: leave one out'),
+    'a run to go on with, and a teacher': ('--teacher elsewhere', '--teacher is for a new run and --resume for an existing one: leave one out'),
     'a run to go on with, and no name for the recipe': ('--recipe=', '--recipe makes a new run'),
     'a bad option for a run to go on with': ('--epochs 3 --workers 257', 'workers is 257, but must be'),
 }
@@ -408,12 +408,13 @@ values = st.recursive(scalars, lambda o: st.lists(o, max_size=3) | st.dictionari
 
 
 def check_read(folder, data):
-    "`read_run` of a recipe.json with the content `data`: a sound recipe, or an error that names the file"
+    "`open_run` of a recipe.json with the content `data`: a sound recipe, or an error that names the file"
     (folder/'recipe.json').write_bytes(data)
-    try: recipe, told = read_run(folder)
+    try: run = open_run(folder)
     except ValueError as e: assert type(e) is ValueError and str(e).startswith(str(folder/'recipe.json'))
     else:
-        assert Recipe(**asdict(recipe)) == recipe and recipe.net() and told['seed'] in range(2**32) and told['workers'] in range(257)
+        recipe, options = run.recipe, run.options
+        assert Recipe(**asdict(recipe)) == recipe and recipe.net() and options.seed in range(2**32) and options.workers in range(257)
         return recipe
 
 

@@ -27,7 +27,7 @@ from s9_fastai.cifar.load import load_cifar
 from s9_fastai.app.recipe import RECIPES, Recipe
 from s9_fastai.nets.net import Net
 from s9_fastai.app.options import STORED
-from s9_fastai.app.run import read_run, run_net
+from s9_fastai.app.run import open_run
 from s9_fastai.core.weights import read_tensors
 from s9_fastai.app.command import BadInput
 from s9_fastai.app.train import main_summary, main_train, s9_train
@@ -120,7 +120,8 @@ def test_a_run_of_version_0_1_0(run, tmp_path):
     path = tmp_path/'old'/'recipe.json'
     text = path.read_text().replace('"ema":', '"average":').replace('"pct_start":', '"rise":')
     path.write_text(re.sub('"s9_fastai": "[^"]*"', '"s9_fastai": "0.1.0"', text))
-    assert read_run(tmp_path/'old')[0] == read_run(run[1])[0] and run_net(tmp_path/'old')
+    old, new = open_run(tmp_path/'old'), open_run(run[1])
+    assert (old.recipe, old.options) == (new.recipe, new.options) and old.net()
     if s9_fastai.__version__ == '0.1.0': pytest.skip('not installed anew')
     done = command('s9_train', '--resume', tmp_path/'old', '--epochs', 3)
     assert done.returncode == 2 and f's9_fastai was 0.1.0, is {s9_fastai.__version__}' in done.stderr
@@ -319,7 +320,7 @@ def test_a_rate_that_is_too_high_ends_in_one_line(tmp_path):
     "With the words that help: the same rate would fail again"
     done = command('s9_train', '--data', 'sample', '--recipe', 'stated', '--epochs', 2, '--bs', 500, '--n-channels', 4, '--lr', 999, '--out', 'run', cwd=tmp_path)
     assert done.returncode == 1 and done.stderr.count('\n') == 1
-    assert done.stderr.endswith('take a lower one. To go on from the last checkpoint: s9_train --resume run --force --lr RATE\n')
+    assert done.stderr.endswith('take a lower one. Resume from the last checkpoint: s9_train --resume run --force --lr RATE\n')
 
 
 def test_a_name_that_is_no_text_in_a_terminal_that_knows_ascii_alone(tmp_path):
@@ -339,7 +340,7 @@ def test_a_training_whose_reader_has_gone_names_its_folder(tmp_path):
     args = f'{bin}/s9_train --data sample --epochs 2 --bs 500 --n-channels 4 --out run'
     done = subprocess.run(['bash', '-c', f'{args} | head -1; echo ${{PIPESTATUS[0]}}'], capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout == 'to resume this run if it stops: s9_train --resume run\n1\n'
-    assert done.stderr.count('\n') == 1 and done.stderr.endswith('Broken pipe. To go on from the last checkpoint: s9_train --resume run\n')
+    assert done.stderr.count('\n') == 1 and done.stderr.endswith('Broken pipe. Resume from the last checkpoint: s9_train --resume run\n')
 
 
 @posix

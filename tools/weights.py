@@ -14,8 +14,9 @@ from pathlib import Path
 from s9_fastai.cifar.facts import MEAN, STD
 from s9_fastai.app.recipe import Recipe
 from s9_fastai.nets.net import Net
-from s9_fastai.app.run import read_run, run_net
-from s9_fastai.core.weights import read_tensors, save_weights
+from s9_fastai.app.run import open_run
+from s9_fastai.core.weights import read_tensors
+from s9_fastai.nets.saved import save_net
 
 root = Path(__file__).resolve().parent.parent
 data, results = root/'s9_fastai'/'assets', root/'benchmarks'/'results'
@@ -30,9 +31,12 @@ def newest(script, what, **fields):
 def take(name, seed):
     "Put the weights of a run into the package, with what they are in the header"
     run = root/'runs'/'accuracy'/name/f'seed-{seed}'
-    recipe, acc = asdict(read_run(run)[0]), newest('accuracy', name)
+    found, acc = open_run(run), newest('accuracy', name)
+    recipe = asdict(found.recipe)
     if (acc['recipe'], int(seed) in acc['seeds']) != (recipe, True): sys.exit(f'{run} is not among the results of {name}')
-    save_weights(run_net(run), data/'net.safetensors', result=name, seed=str(seed), recipe=json.dumps(recipe))
+    net, spec = found.net()
+    save_net(net, data/'net.safetensors', found.recipe.architecture(len(spec.classes)), spec, result=name, seed=str(seed),
+             recipe=json.dumps(recipe))
     subprocess.run([sys.executable, root/'benchmarks'/'robustness.py'], check=True)
 
 
@@ -99,7 +103,7 @@ def card():
     acc = newest('accuracy', about['result'], recipe=json.loads(about['recipe']))  # a recipe may change and keep its name
     rob = newest('robustness', 'net.safetensors')
     changed = ', '.join(f'{k} {v}' for k, v in acc['recipe'].items() if k != 'epochs' and getattr(Recipe(), k) != v)
-    facts = {**acc, **acc['hardware'], **acc['versions'], **about, **tables(rob)}
+    facts = {**acc, **acc['hardware'], **acc['versions'], 'result': about['result'], 'seed': about['seed'], **tables(rob)}
     return TEXT.format(**{
         **facts, 'parameters': sum(p.numel() for p in Net().parameters()), 'correct': rob['correct'], 'mirrored': rob['mirrored'], 'changed': changed, 'mean_rgb': MEAN, 'std_rgb': STD,
         'teacher': teacher(acc['recipe']), 'n_test': rob['n_test'], 'part': rob['correct']/rob['n_test'], 'seeds': ', '.join(map(str, acc['seeds'])),
