@@ -1,33 +1,90 @@
-"What the measuring scripts share: options, data, contestants that take turns, JSON lines and tables"
+"What the measuring scripts share: options, rows of results with hardware and versions, tables"
 import argparse
 import json
-import multiprocessing
 import os
 import shlex
 import subprocess
 import sys
-import traceback
-from contextlib import ExitStack
-from dataclasses import dataclass, field
 from datetime import datetime
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from time import sleep
 
-import cv2
-import numpy as np
 import torch
-from PIL import Image
 
-from s9_fastai.cifar.facts import CLASSES
-from s9_fastai.cifar.load import fastai_dir, load_cifar
 from s9_fastai.app.command import complain
 from s9_fastai.core.environment import environment
+from s9_fastai.training.fast import autocast_dtype
 
-here = Path(__file__).resolve().parent
+root = Path(__file__).resolve().parent.parent  # of the repository
+script = Path(sys.argv[0]).resolve()
+
+# ---- options
+
+
+def options(doc, repeats=None):
+    "An argparse parser with the options of every script; without `repeats` nothing is repeated"
+    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    p.error = partial(complain, p.prog)
+    if repeats: p.add_argument('--repeats', type=int, default=repeats, help='repetitions that count')
+    p.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads of torch in each process')
+    p.add_argument('--out', type=Path, default=root/'benchmarks'/'results', help='folder of the results')
+    return p
+
+
+def data_option(p):
+    "Add the option of scripts that read images"
+    p.add_argument('--data', default=os.environ.get('S9_CIFAR10'), help="the full CIFAR-10, or 'sample' to try out")
+
+
+def method_options(p, names):
+    "Add the options of scripts that compare methods; `names` are the methods"
+    data_option(p)
+    p.add_argument('--methods', nargs='+', choices=names, default=names, metavar='NAME', help=f'methods to compare: {", ".join(names)}')
+
+
+def seeds_option(p, default):
+    "Add the option of scripts that train from several seeds"
+    p.add_argument('--seeds', type=int, nargs='+', default=default, help='of weights, order and augmentation; one run for each')
+
+
+def jobs_option(p): p.add_argument('--jobs', type=int, default=1, help='runs at once')
+
+
+def variants_argument(p, names):
+    "Add the argument of scripts that change one thing at a time; `names` are the changes"
+    p.add_argument('variants', nargs='*', metavar='VARIANT', help=f'one of: {", ".join(names)}; none: all')
+
+
+def check(p, args):
+    "`args` of the parser `p`; one line and exit code 2 where they cannot be used"
+    if 'repeats' in args and args.repeats < 1: p.error(f'--repeats is {args.repeats}, but must be at least 1')
+    if 'data' in args and not args.data: p.error('no data: name the full CIFAR-10 in S9_CIFAR10, or give --data')
+    if 'data' in args and args.data != 'sample' and not Path(args.data).expanduser().exists():
+        p.error(f'no data: {args.data} does not exist')
+    if (busy := busy_cores() or 0) > 0.2:  # threads wait for each other, so a step may take 20 times as long
+        print(f'{p.prog}: other processes keep {busy} cores busy, so times will be wrong', file=sys.stderr)
+    torch.set_num_threads(args.threads)
+    return args
+
+
+def parse(p): return check(p, p.parse_args())
+
+
+def chosen(p, variants, names):
+    "The `variants`, if each is one of `names`; all names where none is given"
+    if wrong := [o for o in variants if o not in names]: p.error(f'no variant {wrong[0]!r}: {", ".join(names)}')
+    return variants or [*names]
+
+
+def command(*args):
+    "The command line of `s9_train`"
+    return [Path(sys.executable).with_name('s9_train'), *map(str, args)]
+
+
+# ---- rows of results
 
 
 @cache
@@ -43,140 +100,9 @@ def busy_cores():
     return round(os.cpu_count()*(1 - idle/max(sum(spent), 1)), 2)
 
 
-def options(doc, reps=None):
-    "An argparse parser with the options that every script has; without `reps` nothing is repeated"
-    p = argparse.ArgumentParser(description=doc, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    p.error = partial(complain, p.prog)
-    if reps: p.add_argument('--reps', type=int, default=reps, help='repetitions that count, after one that does not')
-    p.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads of torch in each process')
-    p.add_argument('--out', type=Path, default=here/'results', help='folder of the JSON lines')
-    return p
-
-
-def data_options(p, names):
-    "The options of scripts that read images; `names` are the contestants"
-    p.add_argument('--data', default=os.environ.get('S9_CIFAR10'), help="the full CIFAR-10, or 'sample' to try out")
-    p.add_argument('--contestants', nargs='+', choices=names, default=names, metavar='NAME',
-                   help=f'who takes part: {", ".join(names)}')
-    return p
-
-
-def parse(p):
-    "The options as given; one line and exit code 2 where they cannot be used"
-    args = p.parse_args()
-    if 'reps' in args and args.reps < 1: p.error(f'--reps is {args.reps}, but must be at least 1')
-    if 'data' in args and not args.data: p.error('no data: name the full CIFAR-10 in S9_CIFAR10, or give --data')
-    if 'data' in args and args.data != 'sample' and not Path(args.data).expanduser().exists():
-        p.error(f'no data: {args.data} is not there')
-    if (busy := busy_cores() or 0) > 0.2:  # threads wait for each other, so a step may take 20 times as long
-        print(f'{p.prog}: {busy} cores are busy with something else, so the figures will be wrong',
-              file=sys.stderr)
-    torch.set_num_threads(args.threads)
-    return args
-
-
-@dataclass(frozen=True)
-class Source:
-    "The images of a run, for those who read PNG files and for those who read arrays"
-    path: str  # What `cifar_dls` and `load_cifar` take
-    folder: Path  # train/<class>/<n>_<class>.png and test/ likewise, the same images
-    n_train: int
-    n_test: int
-
-
-def write_pngs(split, idxs, folder):
-    "The images `idxs` of `split` as PNG files, in a folder for each class"
-    for c in CLASSES: (folder/c).mkdir(parents=True)
-    for i in idxs:
-        c = CLASSES[split.labels[i]]
-        Image.fromarray(split.images[i]).save(folder/c/f'{i}_{c}.png')
-
-
-def get_source(path, images=None):
-    "`images` training images (None: all) and all test images of the data at `path`; PNG files are written once"
-    data = load_cifar(path)
-    n, n_test = len(data.train.labels), len(data.test.labels)
-    if images is not None and not 0 < images <= n:
-        complain(Path(sys.argv[0]).name, f'--images is {images}, but must be 1 to {n}')
-    idxs = np.random.default_rng(0).permutation(n)[:images]
-    folder = fastai_dir('data')/'s9_benchmarks'/f'{data.key}-{len(idxs)}'
-    if not folder.exists():
-        print(f'writing {len(idxs) + n_test:,} PNG files to {folder}', file=sys.stderr)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(dir=folder.parent) as tmp:  # a folder that is there is whole
-            write_pngs(data.train, idxs, Path(tmp)/'new'/'train')
-            write_pngs(data.test, range(n_test), Path(tmp)/'new'/'test')
-            (Path(tmp)/'new').rename(folder)
-    source = Source(path if len(idxs) == n else str(folder), folder, len(idxs), n_test)
-    load_cifar(source.path)  # decoded here once, so that no contestant has to
-    return source
-
-
-def serve(conn, make, kwargs, threads, start_method):
-    "The life of a contestant's process: built once, then a repetition for each call"
-    multiprocessing.set_start_method(start_method, force=True)  # ours is for our process, not for the workers
-    torch.set_num_threads(threads)
-    cv2.setNumThreads(0)  # the best setting for small images, so everybody gets it
-    try:
-        run = make(**kwargs)
-        conn.send('ready')
-        while conn.recv(): conn.send(run())
-    except (EOFError, KeyboardInterrupt): pass  # the script has ended
-    except Exception: conn.send(traceback.format_exc())
-
-
-@dataclass
-class Contestant:
-    "One who takes part: `make(**kwargs)`, in a process of its own, gives a function that runs one repetition"
-    name: str
-    make: object
-    kwargs: dict
-    settings: dict  # for the record
-    threads: int = 1
-    results: list = field(default_factory=list)  # a dict of measures for each repetition
-
-    def __enter__(self):
-        ctx = multiprocessing.get_context('spawn')  # a fork would inherit our memory
-        self.conn, theirs = ctx.Pipe()
-        args = theirs, self.make, self.kwargs, self.threads, multiprocessing.get_start_method()
-        self.process = ctx.Process(target=serve, args=args)
-        self.process.start()
-        theirs.close()
-        return self
-
-    def __exit__(self, *args):
-        self.conn.close()
-        self.process.join()
-
-    def answer(self, meanwhile=None):
-        "What the process sends next; until then `meanwhile(pid)` again and again"
-        while meanwhile and not self.conn.poll(0.02): meanwhile(self.process.pid)
-        try: got = self.conn.recv()
-        except EOFError: sys.exit(f'{self.name}: its process has died')
-        if isinstance(got, str) and got != 'ready': sys.exit(f'{self.name}:\n{got}')
-        return got
-
-    def run(self, meanwhile=None):
-        "One repetition: a dict of measures"
-        self.conn.send(True)
-        return self.answer(meanwhile)
-
-
-def interleave(contestants, reps):
-    "Fill the `results` of all: everybody once to warm up, then `reps` rounds in which each one has a turn"
-    with ExitStack() as stack:
-        for c in contestants: stack.enter_context(c).answer()  # one after the other: building takes the CPU too
-        for rep in range(reps + 1):
-            for c in contestants:
-                got = c.run()
-                if rep: c.results.append(got)
-                shown = '  '.join(f'{k} {v:.4g}' for k, v in got.items())
-                print(f'{f"round {rep}" if rep else "warm-up"}  {c.name}: {shown}', file=sys.stderr, flush=True)
-
-
 def git_commit():
     "The commit of this tree, with -dirty where anything but the results differs from it"
-    def git(*args): return subprocess.run(['git', '-C', here.parent, *args], capture_output=True, text=True)
+    def git(*args): return subprocess.run(['git', '-C', root, *args], capture_output=True, text=True)
     head = git('rev-parse', 'HEAD')
     if head.returncode: return 'unknown'
     changed = git('status', '--porcelain', '--', '.', ':!benchmarks/results').stdout
@@ -194,34 +120,43 @@ def versions(*names):
 
 @cache
 def facts():
-    "What all lines of a run have in common: hardware, versions, commit, command, date"
+    "What all rows of a run have in common: hardware, versions, commit, command, date"
     env = environment()
     env.pop('deterministic')  # no option of these scripts
     hardware = dict(cpu=env.pop('cpu'), cores=os.cpu_count(), threads=env.pop('threads'),
                     busy_cores_before=busy_cores())
     env.update(versions('pillow', 'opencv-python-headless', 'kornia'))
-    command = shlex.join(['python', f'benchmarks/{Path(sys.argv[0]).name}', *sys.argv[1:]])
-    return dict(hardware=hardware, versions=env, commit=git_commit(), command=command,
+    path = script.relative_to(root).as_posix() if script.is_relative_to(root) else script.name
+    return dict(hardware=hardware, versions=env, commit=git_commit(), command=shlex.join(['python', path, *sys.argv[1:]]),
                 date=datetime.now().astimezone().isoformat(timespec='seconds'))
 
 
+def cpu_dtype():
+    "The dtype in which `compute='fast'` computes on this CPU, such as bfloat16"
+    return str(autocast_dtype(torch.device('cpu'))).removeprefix('torch.')
+
+
+def curves(df):
+    "The columns of a history, as lists"
+    return {k: [round(v, 6) for v in df[k].tolist()] for k in df if k not in ('epoch', 'time')}
+
+
 def make_line(what, measure, unit, values, settings):
-    "One measured quantity as a JSON line holds it"
+    "One measured quantity as a row of the results"
     return dict(what=what, measure=measure, n=len(values), median=median(values), min=min(values), max=max(values),
                 unit=unit, values=values, settings=settings, **facts())
 
 
-def lines_of(contestants, units):
-    "A line for each contestant and measure; `units` by measure"
-    return [make_line(c.name, m, u, [r[m] for r in c.results], c.settings)
-            for m, u in units.items() for c in contestants if m in c.results[0]]
-
-
 def save(lines, folder):
-    "Append `lines` to the file in `folder` that is called like the script"
+    "Append `lines` to the JSON lines in `folder` that have the name of the script"
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder/f'{Path(sys.argv[0]).stem}.jsonl', 'a', encoding='utf-8') as f:
+    with open(folder/f'{script.stem}.jsonl', 'a', encoding='utf-8') as f:
         f.writelines(json.dumps(o) + '\n' for o in lines)
+
+
+def read_lines(path):
+    "The rows of a file of results; none where there is no file"
+    return [json.loads(o) for o in path.read_text(encoding='utf-8').splitlines()] if path.is_file() else []
 
 
 def show(lines, baseline):

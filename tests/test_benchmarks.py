@@ -6,40 +6,41 @@ import pytest
 from processes import run
 
 folder = Path(__file__).resolve().parent.parent/'benchmarks'
-scripts = sorted(f.stem for f in folder.glob('*.py'))
+scripts = sorted(f.relative_to(folder).as_posix() for f in folder.rglob('*.py'))
+modules = 'common.py', 'speed/methods.py', 'speed/rounds.py'
 
 
-def bench(script, *args, **env): return run(folder/script, *args, cwd=folder, **env)
+def bench(script, *args, **env): return run(folder/script, *args, cwd=folder.parent, **env)
 
 
 @pytest.mark.parametrize('script', scripts)
 def test_it_imports_and_has_options(script):
-    done, is_module = bench(f'{script}.py', '--help'), script in ('common', 'competitors')
-    assert done.returncode == 0 and is_module != ('usage: ' in done.stdout), done.stderr
+    done = bench(script, '--help')
+    assert done.returncode == 0 and (script in modules) != ('usage: ' in done.stdout), done.stderr
 
 
-def test_there_are_scripts(): assert len(scripts) > 8
+def test_there_are_scripts(): assert len(scripts) > 12 and {f.split('/')[0] for f in scripts} == {'common.py', 'speed', 'trust', 'accuracy'}
 
 
 def test_a_run_prints_a_table_and_appends_lines(tmp_path):
-    args = ['loaders.py', '--out', tmp_path/'results', *'--data sample --images 300 --workers 0 --reps 1 --contestants'.split()]
-    for contestants, n in ((['fastai', 'item', 'batch'], 3), (['batch'], 4)):
-        done = bench(*args, *contestants)
+    args = ['speed/loaders.py', '--out', tmp_path/'results', *'--data sample --images 300 --workers 0 --repeats 1 --methods'.split()]
+    for methods, n in ((['fastai', 'item', 'batch'], 3), (['batch'], 4)):
+        done = bench(*args, *methods)
         assert done.returncode == 0 and '| batch path, 1 process ' in done.stdout, done.stderr
         lines = [json.loads(o) for o in (tmp_path/'results'/'loaders.jsonl').read_text().splitlines()]
         assert len(lines) == n
     o = lines[-1]
     assert o['n'] == 1 and o['values'] == [o['median']] and o['unit'] == 'images/s' and o['settings']['images'] == 300
-    assert {'hardware', 'versions', 'commit', 'command', 'date'} <= o.keys() and o['command'].startswith('python benchmarks/loaders.py')
+    assert {'hardware', 'versions', 'commit', 'command', 'date'} <= o.keys() and o['command'].startswith('python benchmarks/speed/loaders.py --out')
 
 
 def test_without_data_it_says_so():
-    done = bench('epochs.py', S9_CIFAR10='')
+    done = bench('speed/epochs.py', S9_CIFAR10='')
     assert done.returncode == 2 and 'S9_CIFAR10' in done.stderr.splitlines()[-1] and done.stdout == ''
 
 
-def test_runs_from_several_seeds_are_one_line_and_go_on(tmp_path):
-    args = ['accuracy.py', 'try', '--seeds', 0, 1, '--folder', tmp_path/'runs', '--out', tmp_path/'results', '--recipe', 'fast', '--data', 'sample',
+def test_runs_from_several_seeds_are_one_line_and_are_resumed(tmp_path):
+    args = ['accuracy/accuracy.py', 'try', '--seeds', 0, 1, '--folder', tmp_path/'runs', '--out', tmp_path/'results', '--recipe', 'fast', '--data', 'sample',
             '--n-channels', 4, '--bs', 500, '--held-out', 500]
     for epochs in (1, 1):  # the second time nothing is trained
         done = bench(*args, '--epochs', epochs)
@@ -57,14 +58,14 @@ def test_runs_from_several_seeds_are_one_line_and_go_on(tmp_path):
     assert done.returncode == 1 and '--epochs 1: give the result another name' in done.stderr
 
 
-def test_a_run_that_fails_is_told(tmp_path):
-    args = ['accuracy.py', 'bad', '--seeds', 0, '--folder', tmp_path/'runs', '--out', tmp_path/'results', '--data', 'sample', '--bs', 'x']
+def test_a_run_that_fails_is_named(tmp_path):
+    args = ['accuracy/accuracy.py', 'bad', '--seeds', 0, '--folder', tmp_path/'runs', '--out', tmp_path/'results', '--data', 'sample', '--bs', 'x']
     done = bench(*args)
     assert done.returncode == 1 and "'x' is not a whole number" in done.stderr and not (tmp_path/'results').exists()
 
 
 def test_the_recipe_of_the_sample_and_its_variants(tmp_path):
-    args = ['sample.py', '--seeds', 0, '--epochs', 1, '--threads', 1, '--out', tmp_path]
+    args = ['accuracy/sample.py', '--seeds', 0, '--epochs', 1, '--threads', 1, '--out', tmp_path]
     done = bench(*args, 'as it is', 'rate 0.2')
     assert done.returncode == 0 and 'rate 0.2: ' in done.stdout, done.stderr
     lines = [json.loads(o) for o in (tmp_path/'sample.jsonl').read_text().splitlines()]
@@ -77,14 +78,14 @@ def test_the_recipe_of_the_sample_and_its_variants(tmp_path):
 
 def test_a_teacher_is_trained_and_ablations_use_it(tmp_path):
     common = ['--data', 'sample', '--epochs', 1, '--held-out', 500, '--threads', 1, '--out', tmp_path]
-    done = bench('teacher.py', *common, '--width', 4, '--keep', tmp_path/'t.safetensors')
+    done = bench('accuracy/teacher.py', *common, '--width', 4, '--keep', tmp_path/'t.safetensors')
     assert done.returncode == 0 and '% of the held-out images' in done.stdout, done.stderr
-    done = bench('teacher.py', *common, '--held-out', 0)
+    done = bench('accuracy/teacher.py', *common, '--held-out', 0)
     assert done.returncode == 2 and '--held-out is 0' in done.stderr
-    done = bench('ablate.py', 'a teacher, weight 0.9', *common, '--held-out', 100, '--teacher', tmp_path/'t.safetensors')
+    done = bench('accuracy/ablate.py', 'a teacher, weight 0.9', *common, '--held-out', 100, '--teacher', tmp_path/'t.safetensors')
     assert done.returncode == 1 and 'it has seen images that are held out now' in done.stderr
     for _ in range(2):  # the second time nothing is left to do
-        done = bench('ablate.py', 'as it is', 'mixup 0.2', 'a teacher, weight 0.9', *common, '--teacher', tmp_path/'t.safetensors')
+        done = bench('accuracy/ablate.py', 'as it is', 'mixup 0.2', 'a teacher, weight 0.9', *common, '--teacher', tmp_path/'t.safetensors')
         assert done.returncode == 0, done.stderr
     lines = [json.loads(o) for o in (tmp_path/'ablate.jsonl').read_text().splitlines()]
     assert [o['what'] for o in lines] == ['as it is', 'mixup 0.2', 'a teacher, weight 0.9'] and done.stdout == ''

@@ -27,7 +27,7 @@ def test_version_has_one_source(): assert s9_fastai.__version__ == version('s9_f
 
 
 def test_pyproject_holds_no_metadata():
-    assert set(pyproject) == {'build-system', 'tool'} and set(pyproject['tool']) == {'nbdev', 'ruff'}
+    assert set(pyproject) == {'build-system', 'tool'} and set(pyproject['tool']) == {'nbdev', 'ruff', 'mypy'}
     nbdev = pyproject['tool']['nbdev']
     assert nbdev['lib_path'] == cfg['lib_path'] and nbdev['put_version_in_init'] is False
 
@@ -58,7 +58,7 @@ def test_changelog_and_citation_have_the_version():
     assert citation['authors'] == [{'name': cfg['author']}] and citation['keywords'] == cfg['keywords'].split()
 
 
-@pytest.mark.parametrize('name', ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'benchmarks/README.md'])
+@pytest.mark.parametrize('name', ['README.md', 'CONTRIBUTING.md', 'CHANGELOG.md', 'benchmarks/README.md', 'benchmarks/LOG.md'])
 def test_relative_links_lead_to_files(name):
     links = re.findall(r'\]\(([^)\s]+)\)', (root/name).read_text(encoding='utf-8'))
     paths = [ln.split('#')[0] for ln in links if not re.match('[a-z]+:|#', ln)]

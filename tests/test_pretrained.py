@@ -21,7 +21,7 @@ from s9_fastai.nets.net import WEIGHTS, Net
 from s9_fastai.app.predict import main_predict
 
 root = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(root/'benchmarks'))
+sys.path.insert(0, str(root/'benchmarks'/'accuracy'))
 from robustness import recognised
 
 lines = [json.loads(o) for o in (root/'benchmarks'/'results'/'robustness.jsonl').read_text(encoding='utf-8').splitlines()]

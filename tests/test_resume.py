@@ -34,7 +34,7 @@ from s9_fastai.core.signals import Stopped
 from s9_fastai.test_utils import synth_dls, synth_images, synth_learner
 
 root = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(root/'benchmarks'))
+sys.path.insert(0, str(root/'benchmarks'/'trust'))
 import kill
 from repeat import run_hash
 
@@ -402,7 +402,7 @@ def test_killed_in_a_write():
 
 @pytest.mark.slow
 def test_killed_six_times(monkeypatch):
-    "Each kind, at new moments and in other variants each time; benchmarks/kill.py does it twenty times and keeps what it found"
+    "Each kind, at new moments and in other variants each time; benchmarks/trust/kill.py does it twenty times and keeps what it found"
     monkeypatch.setenv('OMP_NUM_THREADS', '1')
     found = list(kill.trials(6, epochs=2, bs=250, seed=os.urandom(8).hex(), variants=random.sample(kill.VARIANTS, 2)))
     assert [o['same'] for o in found] == [True]*6 and {o['kind'] for o in found} == {*kill.KINDS}, found

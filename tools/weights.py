@@ -1,6 +1,6 @@
-"""The weights that come with the package, and their model card, from a run of `benchmarks/accuracy.py`.
+"""The weights that come with the package, and their model card, from a run of `benchmarks/accuracy/accuracy.py`.
 
-    python tools/weights.py NAME SEED    take the weights of that run; measure them with benchmarks/robustness.py
+    python tools/weights.py NAME SEED    take the weights of that run; measure them with benchmarks/accuracy/robustness.py
                                          (then run 31_nets.tta, 79_app.predict, 80_tour and 83_evidence, which show what they see)
     python tools/weights.py --card       write the card anew from benchmarks/results
     python tools/weights.py --check      exit with 1 if the card is not what the results say of these weights
@@ -37,7 +37,7 @@ def take(name, seed):
     net, spec = found.net()
     save_net(net, data/'net.safetensors', found.recipe.architecture(len(spec.classes)), spec, result=name, seed=str(seed),
              recipe=json.dumps(recipe))
-    subprocess.run([sys.executable, root/'benchmarks'/'robustness.py'], check=True)
+    subprocess.run([sys.executable, root/'benchmarks'/'accuracy'/'robustness.py'], check=True)
 
 
 def table(head, rows):
@@ -65,7 +65,7 @@ Both tables are of one look at each image.
 
 ## With corruptions
 
-Made on the fly by `benchmarks/robustness.py`, with the strengths of CIFAR-10-C (Hendrycks and Dietterich, *Benchmarking Neural Network Robustness to Common Corruptions and Perturbations*, 2019). The images are not the files of CIFAR-10-C, so compare with care.
+Made on the fly by `benchmarks/accuracy/robustness.py`, with the strengths of CIFAR-10-C (Hendrycks and Dietterich, *Benchmarking Neural Network Robustness to Common Corruptions and Perturbations*, 2019). The images are not the files of CIFAR-10-C, so compare with care.
 
 {harder}
 
@@ -84,7 +84,7 @@ def teacher(recipe):
     if not recipe.get('distill'): return ''  # the oldest have no such field
     o = newest('teacher', 'teacher')
     return (f"Beside their labels it learnt from the predictions of a larger network of {o['parameters']:,} parameters, which was trained on "
-            f"{50_000 - o['recipe']['held_out']:,} of them (`benchmarks/teacher.py`); the predictions come with the package. ")
+            f"{50_000 - o['recipe']['held_out']:,} of them (`benchmarks/accuracy/teacher.py`); the predictions come with the package. ")
 
 
 def tables(rob):

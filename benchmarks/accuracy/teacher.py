@@ -1,10 +1,9 @@
-"""Trains a larger network as a teacher, and keeps what it says of each training image for `s9_train --teacher`.
+"""Trains a larger network as a teacher, and saves its logits for the training images, for `s9_train --teacher`.
 
 The network has the shape of the one in airbench94 (Jordan, 2024), built of fastai's layers: convolutions without groups
-and dilation, which a CPU computes at a higher rate than the Net's. It sees none of the held-out images.
+and dilation, which a CPU computes at a higher rate than the Net's. It is not trained on the held-out images.
 """
-import os
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+import sys
 from pathlib import Path
 from time import perf_counter
 
@@ -17,8 +16,8 @@ from fastai.metrics import accuracy
 from fastai.torch_core import set_seed
 from torch import nn
 
-from accuracy import curves
-from common import facts, here, save
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import curves, data_option, facts, options, parse, root, save
 from s9_fastai.cifar.load import load_cifar
 from s9_fastai.cifar.loaders import cifar_dls
 from s9_fastai.data.loader import hold_out
@@ -58,7 +57,7 @@ def make_learner(args):
 
 
 def right(teacher_logits, labels, held_out):
-    "How many of the held-out images the logits are right about"
+    "For how many of the held-out images the largest logit is right"
     at = hold_out(labels, held_out)
     return int((teacher_logits.logits[at].argmax(1).numpy() == labels[at]).sum())
 
@@ -73,24 +72,21 @@ def line(learn, args, seconds, n_right):
                 answers_right=n_right, recipe=recipe, seconds=round(seconds), history=curves(df), **facts())
 
 
-def options():
-    p = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    p.add_argument('--data', default=os.environ.get('S9_CIFAR10'), help="the full CIFAR-10, or 'sample' to try out")
+def arguments():
+    p = options(__doc__)
+    data_option(p)
     p.add_argument('--epochs', type=int, default=14, help='passes over the training images')
     p.add_argument('--width', type=int, default=64, help='channels of the first group')
-    p.add_argument('--held-out', type=int, default=5000, help='training images that it does not see')
+    p.add_argument('--held-out', type=int, default=5000, help='training images that validate')
     p.add_argument('--seed', type=int, default=0, help='of weights, order and augmentation')
-    p.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads of torch')
-    p.add_argument('--keep', type=Path, default=here.parent/'runs'/'teacher.safetensors', help='file of its logits')
-    p.add_argument('--out', type=Path, default=here/'results', help='folder of the JSON lines')
-    args = p.parse_args()
-    if args.held_out < 1: p.error(f'--held-out is {args.held_out}, but a teacher must be judged: give at least 10')
+    p.add_argument('--keep', type=Path, default=root/'runs'/'teacher.safetensors', help='file of its logits')
+    args = parse(p)
+    if args.held_out < 1: p.error(f'--held-out is {args.held_out}, but a teacher must be validated: give at least 10')
     return args
 
 
 def main():
-    args = options()
-    torch.set_num_threads(args.threads)
+    args = arguments()
     facts()  # before the training: how busy the machine is, and which commit this is
     args.keep.parent.mkdir(parents=True, exist_ok=True)
     learn, start = make_learner(args), perf_counter()

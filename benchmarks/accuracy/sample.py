@@ -1,9 +1,9 @@
-"""Trains the recipe `sample` with one thing changed at a time on the 2,000 embedded images; a line for each run.
+"""Trains the recipe `sample` with one thing changed at a time on the 2,000 embedded images; a row for each run.
 
-Images held out of these judge what is better. With `--held-out 0` the 500 test images do: for the recipe as it is only.
+Held-out images of these compare the variants. With `--held-out 0` the 500 test images validate: for the recipe as it is only.
 """
 import multiprocessing
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from itertools import product
@@ -16,14 +16,13 @@ import pandas as pd
 import torch
 from fastai.torch_core import set_seed
 
-from accuracy import curves
-from common import facts, here, save
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import chosen, cpu_dtype, curves, facts, jobs_option, options, parse, save, seeds_option, variants_argument
 from s9_fastai.cifar.loaders import cifar_dls
-from s9_fastai.training.fast import autocast_dtype
 from s9_fastai.app.learner import s9_learner
 from s9_fastai.app.recipe import get_recipe
 
-changes = {  # fields of the recipe, by what is said of a variant; other batches come with epochs that take as long
+changes = {  # fields of the recipe, by the name of a variant; other batch sizes come with epochs that take as long
     'as it is': {}, 'rate, weight decay and averages of fast': dict(lr=0.3, wd=1e-3, ema=0.03),
     '40 epochs': dict(epochs=40), 'batches of 128': dict(bs=128, epochs=36, lr=0.6),
     'batches of 32': dict(bs=32, epochs=20, lr=0.3), 'batches of 256': dict(bs=256, epochs=44, lr=0.9),
@@ -54,27 +53,25 @@ def train(todo, args):
     images = 'held-out' if args.held_out else 'test'
     return dict(what=what, seed=seed, measure=f'accuracy on the {images} images after the last epoch', unit='%', n=1,
                 values=[100*df.valid_accuracy.iloc[-1]], recipe=vars(recipe), steps=recipe.epochs*len(dls.train),
-                runs_at_once=args.jobs, autocast_dtype=str(autocast_dtype(torch.device('cpu')))[6:],
+                runs_at_once=args.jobs, autocast_dtype=cpu_dtype(),
                 seconds=round(seconds, 1), history=curves(df), **facts())
 
 
-def options():
-    p = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    p.add_argument('variants', nargs='*', metavar='VARIANT', help=f'one of: {", ".join(changes)}; none: all')
-    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1], help='of weights, order and augmentation')
-    p.add_argument('--held-out', type=int, default=500, help='training images that validate; 0: the test images do')
+def arguments():
+    p = options(__doc__)
+    variants_argument(p, changes)
+    seeds_option(p, [0, 1])
+    jobs_option(p)
+    p.add_argument('--held-out', type=int, default=500, help='training images that validate; 0: the test images validate')
     p.add_argument('--epochs', type=int, help='passes over the training images; not given: those of the variant')
-    p.add_argument('--jobs', type=int, default=1, help='runs at once')
-    p.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads of torch in each run')
-    p.add_argument('--out', type=Path, default=here/'results', help='folder of the JSON lines')
-    args = p.parse_args()
-    if wrong := [o for o in args.variants if o not in changes]: p.error(f'no variant {wrong[0]!r}: {", ".join(changes)}')
+    args = parse(p)
+    args.variants = chosen(p, args.variants, changes)
     return args
 
 
 def main():
-    args, found = options(), {}
-    todo = [*product(args.variants or changes, args.seeds)]
+    args, found = arguments(), {}
+    todo = [*product(args.variants, args.seeds)]
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context('spawn')) as pool:
         for o in pool.map(partial(train, args=args), todo):
             save([o], args.out)

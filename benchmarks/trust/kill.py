@@ -1,4 +1,4 @@
-"Kills `s9_train` with SIGKILL at random moments, lets it go on, and compares what it leaves with a run that was never killed"
+"Kills `s9_train` with SIGKILL at random moments, resumes it, and compares the run with one that was never killed"
 import hashlib
 import os
 import random
@@ -14,9 +14,10 @@ from tempfile import TemporaryDirectory
 import pandas as pd
 from safetensors.torch import load_file
 
-from common import facts, options, parse, save
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import command, facts, options, parse, save
 
-# What a run may consist of: number format and layers, way of augmentation, workers
+# Kinds of runs: layers and dtype, augmentation, workers
 VARIANTS = (dict(compute='plain', augment='item', workers=0), dict(compute='plain', augment='batch', workers=2),
             dict(compute='fast', augment='batch', workers=0), dict(compute='plain', augment='item', workers=2))
 KINDS = 'anywhere', 'in a write', 'before the rename', 'after the rename', 'between log and history'
@@ -58,9 +59,6 @@ def arguments(variant, folder, epochs, bs):
     return ['--data', 'sample', '--epochs', str(epochs), '--bs', str(bs), '--save-every', '3', '--out', str(folder), *more]
 
 
-def command(*args): return [Path(sys.executable).with_name('s9_train'), *map(str, args)]
-
-
 def fingerprint(folder):
     "A hash of weights, history (but for the time an epoch took) and log of the run in `folder`"
     h = hashlib.blake2b(digest_size=8)
@@ -78,7 +76,7 @@ def begin(args, folder):
 
 
 def whole_run(variant, folder, epochs, bs):
-    "A run that nobody kills: its fingerprint, and the seconds from the first checkpoint to the end of the training"
+    "A run that is not killed: its fingerprint, and the seconds from the first checkpoint to the end of the training"
     p = begin(command(*arguments(variant, folder, epochs, bs)), folder)
     start = time.monotonic()
     while not (folder/'weights.safetensors').exists() and p.poll() is None: time.sleep(0.005)
@@ -102,28 +100,28 @@ def kill(variant, folder, epochs, bs, kind, seconds, rng):
     return moment, p.wait() == -signal.SIGKILL
 
 
-def go_on(folder):
-    "Resume the run in `folder`; where it went on"
+def resume(folder):
+    "Resume the run in `folder`; from where"
     done = subprocess.run(command('--resume', folder), capture_output=True, text=True)
-    if done.returncode: raise RuntimeError(f'{folder} does not go on: {done.stderr}')
-    found = re.search('going on from (.*)', done.stdout)
-    return found[1] if found else 'nothing, it began anew'
+    if done.returncode: raise RuntimeError(f'{folder} cannot be resumed: {done.stderr}')
+    found = re.search(r'(?:going on|resum\w+) from (.*)', done.stdout)
+    return found[1] if found else 'nothing, it started anew'
 
 
 def trial(i, variant, kind, tmp, epochs, bs, whole, seconds, rng):
-    "Kill a run once and let it go on: a dict for the record"
+    "Kill a run once and resume it: a dict for the results"
     for attempt in range(9):
         folder = Path(tmp)/f'{i}-{attempt}'
         moment, killed = kill(variant, folder, epochs, bs, kind, seconds, rng)
         if killed: break
-        seconds *= 0.8  # it had ended before: take an earlier moment
+        seconds *= 0.8  # the run had ended before: try an earlier moment
     else: raise RuntimeError(f'{kind}: the run always ended before it was killed')
-    went_on = go_on(folder)
+    went_on = resume(folder)
     return dict(kind=kind, moment=moment, went_on_from=went_on, **variant, same=fingerprint(folder) == whole)
 
 
 def trials(n, epochs, bs, seed, variants=VARIANTS, jobs=2):
-    "`n` trials, every kind and every variant in turn, `jobs` at a time"
+    "`n` trials that cycle through kinds and variants, `jobs` at a time"
     def run(i):
         v = i//len(KINDS) % len(variants)
         return trial(i, variants[v], KINDS[i % len(KINDS)], tmp, epochs, bs, *wholes[v], random.Random(f'{seed} {i}'))
@@ -134,15 +132,15 @@ def trials(n, epochs, bs, seed, variants=VARIANTS, jobs=2):
 
 
 def main():
-    p = options(__doc__, reps=20)
+    p = options(__doc__, repeats=20)
     p.add_argument('--epochs', type=int, default=3, help='epochs of a run')
     p.add_argument('--bs', type=int, default=200, help='images a batch, of 2,000')
     p.add_argument('--seed', type=int, default=0, help='of the random moments')
     args = parse(p)
     os.environ['OMP_NUM_THREADS'] = str(args.threads)
     results = []
-    print('| killed | moment | went on from | compute | augment | workers | the same bits |', '|---|---|---|---|---|---|---|', sep='\n')
-    for o in trials(args.reps, args.epochs, args.bs, args.seed):
+    print('| killed | moment | resumed from | compute | augment | workers | the same bits |', '|---|---|---|---|---|---|---|', sep='\n')
+    for o in trials(args.repeats, args.epochs, args.bs, args.seed):
         results.append(o)
         print('|', ' | '.join(map(str, {**o, 'same': 'yes' if o['same'] else 'NO'}.values())), '|', flush=True)
     n = sum(o['same'] for o in results)

@@ -1,17 +1,21 @@
 "Milliseconds a step of the network alone: forward, loss, backward, optimizer, with a batch that is already there"
+import sys
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 
 import torch
 
-from common import Contestant, interleave, lines_of, options, parse, save, show
-from competitors import bare_epoch, bare_sgd, fast_net, fixed_batch
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import options, parse, save, show
+from methods import bare_epoch, bare_sgd, fast_net, fixed_batch
+from rounds import Method, interleave, lines_of
 from s9_fastai.training.fast import keep_freed_memory
 from s9_fastai.nets.net import Net
 
 CHANNELS_LAST, BF16, F32 = torch.channels_last, torch.bfloat16, torch.float32
 TODAY = 'stock layers, channels last, bfloat16'
-# name: layers, memory format, number format
+# name: layers, memory format, dtype
 VARIANTS = {'stock layers, float32': ('stock', torch.contiguous_format, F32),
             'stock layers, channels last, float32': ('stock', CHANNELS_LAST, F32),
             TODAY: ('stock', CHANNELS_LAST, BF16),
@@ -36,7 +40,7 @@ def make_block(variant, dropout, bs, steps, compiled):
 
 
 def main():
-    p = options(__doc__, reps=5)
+    p = options(__doc__, repeats=5)
     p.add_argument('--bs', type=int, default=128, help='images a batch')
     p.add_argument('--steps', type=int, default=20, help='steps in a block, which is one repetition')
     p.add_argument('--dropout', type=float, nargs='+', default=[0.1, 0.], metavar='P', help='dropout of the Net')
@@ -45,8 +49,8 @@ def main():
     for dropout in args.dropout:
         settings = dict(bs=args.bs, dropout=dropout, steps=args.steps, compile=args.compile)
         how = dict(dropout=dropout, bs=args.bs, steps=args.steps, compiled=args.compile)
-        group = [Contestant(v, make_block, dict(variant=v, **how), settings, args.threads) for v in VARIANTS]
-        interleave(group, args.reps)
+        group = [Method(v, make_block, dict(variant=v, **how), settings, args.threads) for v in VARIANTS]
+        interleave(group, args.repeats)
         lines = lines_of(group, {'one step': 'ms'})
         save(lines, args.out)
         print(f'\nbatches of {args.bs}, dropout {dropout:g}')

@@ -1,24 +1,22 @@
-"""Trains a recipe from several seeds and appends what came of it as one line: recipe, every epoch, mean and deviation.
+"""Trains a recipe from several seeds and appends one row: recipe, every epoch, mean and deviation.
 
-Options that are not listed here go to s9_train as they are, such as `--epochs 8` or `--held-out 5000`. A run that was
-killed goes on when the script is started again, one that is complete is not repeated: their folders are in `runs`,
-each beside a .json with the options and the commit that it was begun with. Other options need another name.
+Options that are not listed here are passed to s9_train, such as `--epochs 8` or `--held-out 5000`. A run that was killed
+is resumed when the script is started again, and a complete one is not repeated: run folders are in `runs/accuracy`,
+each beside a .json with its options and its commit. Other options need another name.
 """
 import json
 import os
 import subprocess
 import sys
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from statistics import mean, stdev
 
 import pandas as pd
-import torch
 
-from common import facts, git_commit, here, save
-from kill import command
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import check, command, curves, facts, git_commit, jobs_option, options, root, save, seeds_option
 from robustness import recognised
 from s9_fastai.cifar.load import load_cifar
 from s9_fastai.data.loader import hold_out
@@ -41,7 +39,7 @@ def is_complete(folder):
 
 
 def begin(folder, args):
-    "What the run in `folder` was begun with, which is now where it is not there"
+    "The options and the commit of the run in `folder`; those of now where there is no run yet"
     path = folder.with_suffix('.json')
     if not (folder/'recipe.json').is_file():
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -50,16 +48,16 @@ def begin(folder, args):
 
 
 def train(folder, args):
-    "One run, begun or taken up: None, or the last line of what it said when it failed"
+    "One run, started or resumed: None, or the last line of its output when it failed"
     there, begun = (folder/'recipe.json').is_file(), begin(folder, args)['args']
-    if begun != [*map(str, args)]: return f'{folder} was begun with {" ".join(begun)}: give the result another name'
+    if begun != [*map(str, args)]: return f'{folder} was started with {" ".join(begun)}: give the result another name'
     if is_complete(folder): return None
     more = ['--resume', folder] if there else ['--out', folder, *args]
     with open(folder.with_suffix('.txt'), 'a', encoding='utf-8') as f:
         done = subprocess.run(command(*more), stdout=f, stderr=subprocess.STDOUT)
     if not done.returncode: return None
     said = folder.with_suffix('.txt').read_text(encoding='utf-8').strip().splitlines()
-    return f'exit code {done.returncode}: {said[-1] if said else "nothing said"}'
+    return f'exit code {done.returncode}: {said[-1] if said else "no output"}'
 
 
 def seconds(times):
@@ -68,7 +66,7 @@ def seconds(times):
 
 
 def mirrored(folder):
-    "Accuracy in % of the weights of the run in `folder`, on the images of its last epoch, with their mirror images too"
+    "Accuracy in % of the weights of the run in `folder`, on the images that validated it, with flip TTA"
     recipe, about = read_run(folder)
     data = load_cifar(kept_source(folder, about))
     images, labels = data.test.images, data.test.labels
@@ -76,11 +74,6 @@ def mirrored(folder):
         at = hold_out(data.train.labels, recipe.held_out)
         images, labels = data.train.images[at], data.train.labels[at]
     return 100*float(recognised(FlipTTA(run_net(folder)), images, labels).mean())
-
-
-def curves(df):
-    "The columns of a history, as lists"
-    return {k: [round(v, 6) for v in df[k].tolist()] for k in df if k not in ('epoch', 'time')}
 
 
 def line(what, folders, failed, jobs):
@@ -101,19 +94,18 @@ def line(what, folders, failed, jobs):
 
 
 def parser():
-    p = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
+    p = options(__doc__)
     p.add_argument('name', help='of the result, and of the folder of its runs')
-    p.add_argument('--seeds', type=int, nargs='+', default=[0, 1, 2], help='one run from each')
-    p.add_argument('--jobs', type=int, default=1, help='runs at once')
-    p.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads of torch in each run')
-    p.add_argument('--out', type=Path, default=here/'results', help='folder of the JSON lines')
-    p.add_argument('--folder', type=Path, default=here.parent/'runs'/'accuracy', help='where the runs are')
+    seeds_option(p, [0, 1, 2])
+    jobs_option(p)
+    p.add_argument('--folder', type=Path, default=root/'runs'/'accuracy', help='folder of the runs')
     return p
 
 
 def main():
-    args, rest = parser().parse_known_args()
-    torch.set_num_threads(args.threads)  # for the record
+    p = parser()
+    args, rest = p.parse_known_args()
+    check(p, args)
     os.environ['OMP_NUM_THREADS'] = str(args.threads)
     folders = {seed: args.folder/args.name/f'seed-{seed}' for seed in args.seeds}
     with ThreadPoolExecutor(args.jobs) as pool:

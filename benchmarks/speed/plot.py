@@ -1,26 +1,25 @@
 "Draws what `loaders.py` and `epochs.py` measured: cost against batch size, workers and number of training images"
-import argparse
 import json
+import sys
 from pathlib import Path
 
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import options, read_lines
 from s9_fastai.report.plots import Picture, save_picture
 
-here = Path(__file__).resolve().parent
-
-# colours that people who see few colours can tell apart, and markers for those who see none
+# colours that the colour-blind can distinguish, and markers for print in grey
 LOOKS = {'fastai': ('fastai idiom', '#D55E00', 'o'), 'pytorch': ('plain PyTorch', '#0072B2', 's'),
          'torchvision': ('torchvision v2', '#CC79A7', 'D'), 'kornia': ('kornia', '#E69F00', 'v'),
          'item': ('item path', '#009E73', '^'), 'batch': ('batch path', '#4D4D4D', 'P')}
-STYLES = {'': 'solid', '2': 'dashed', 'fast': 'solid', 'plain': 'dotted'}  # by the second part of a contestant's name
+STYLES = {'': 'solid', '2': 'dashed', 'fast': 'solid', 'plain': 'dotted'}  # by the second part of a method's name
 
 
-def read_lines(file, measure):
-    "The lines of `measure` in `file`, the newest for each setting; none where there is no file"
-    if not file.exists(): return []
-    lines = [o for o in map(json.loads, file.read_text(encoding='utf-8').splitlines()) if o['measure'] == measure]
+def newest(file, measure):
+    "The lines of `measure` in `file`, the newest for each setting"
+    lines = [o for o in read_lines(file) if o['measure'] == measure]
     return list({json.dumps(o['settings']): o for o in lines}.values())
 
 
@@ -30,10 +29,10 @@ def pick(lines, **settings):
 
 
 def draw(ax, lines, x, cost):
-    "A curve for each contestant: `cost` of its median, with bars from least to most, against the setting `x`"
-    for name in dict.fromkeys(o['settings']['contestant'] for o in lines):
+    "A curve for each method: `cost` of its median, with bars from least to most, against the setting `x`"
+    for name in dict.fromkeys(o['settings']['method'] for o in lines):
         who, _, style = name.partition('-')
-        rows = sorted(pick(lines, contestant=name), key=lambda o: o['settings'][x])
+        rows = sorted(pick(lines, method=name), key=lambda o: o['settings'][x])
         mid, *ends = ([cost(o[k]) for o in rows] for k in ('median', 'min', 'max'))
         bars = [[abs(m - f(e)) for m, *e in zip(mid, *ends)] for f in (min, max)]
         ax.errorbar([o['settings'][x] for o in rows], mid, bars, color=LOOKS[who][1], marker=LOOKS[who][2],
@@ -56,10 +55,10 @@ def tidy(ax, lines, title, x, label):
 
 
 def legend(fig, lines):
-    "Colours for who, line styles for how, above the panels"
-    seen = {o['settings']['contestant'].partition('-')[0] for o in lines}
+    "Colours for methods, line styles for how they run, above the panels"
+    seen = {o['settings']['method'].partition('-')[0] for o in lines}
     who = [Line2D([], [], color=c, marker=m, label=nm) for k, (nm, c, m) in LOOKS.items() if k in seen]
-    ways = {o['settings']['contestant'].partition('-')[2] for o in lines}
+    ways = {o['settings']['method'].partition('-')[2] for o in lines}
     how = [Line2D([], [], color='k', ls=STYLES[k], label=nm) for k, nm in
            (('2', 'right panel, dashed: 2 workers'), ('plain', 'right: plain compute')) if k in ways]
     fig.legend(handles=who + how, loc='outside upper center', ncols=4, frameon=False, fontsize=9)
@@ -76,18 +75,15 @@ def panels(loading, epochs):
 
 
 def main():
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    p.add_argument('--results', type=Path, default=here/'results', help='folder of the JSON lines')
-    p.add_argument('--out', type=Path, help='PNG file; not given: speed.png in the folder of the results')
-    args = p.parse_args()
-    loading = read_lines(args.results/'loaders.jsonl', 'loading')
-    epochs = [o for o in read_lines(args.results/'epochs.jsonl', 'epoch') if not o['what'].startswith('recipe')]
+    out = options(__doc__).parse_args().out  # where the results are, and the picture too
+    loading = newest(out/'loaders.jsonl', 'loading')
+    epochs = [o for o in newest(out/'epochs.jsonl', 'epoch') if not o['what'].startswith('recipe')]
     fig = Picture(figsize=(10, 4), dpi=100, layout='constrained')
     for ax, (lines, title, x, label, cost) in zip(fig.subplots(1, 3), panels(loading, epochs)):
         draw(ax, lines, x, cost)
         tidy(ax, lines, title, x, label)
     legend(fig, loading + epochs)
-    save_picture(fig, args.out or args.results/'speed.png')
+    save_picture(fig, out/'speed.png')
 
 
 if __name__ == '__main__': main()

@@ -1,12 +1,15 @@
-"Loss curves of the plain and the fast ways of this package over the same seeds: do they differ by more than chance?"
+"Loss curves of the plain and the fast methods of this package over the same seeds: do they differ by more than chance?"
 import sys
 from itertools import product
+from pathlib import Path
 from statistics import mean, stdev
 
 from fastai.torch_core import set_seed
 
-from common import data_options, get_source, make_line, options, parse, save
-from competitors import OURS, our_dls
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import make_line, method_options, options, parse, save, seeds_option
+from methods import OURS, our_dls
+from rounds import get_source
 from s9_fastai.app.learner import s9_learner
 from s9_fastai.app.recipe import get_recipe
 
@@ -32,7 +35,7 @@ def welch(a, b):
 
 
 def show(runs, epochs):
-    "Mean and deviation of each way, epoch and measure, and the difference from the plain way in standard errors"
+    "Mean and deviation of each method, epoch and measure, and the difference from the plain one in standard errors"
     print('| epoch | measure | ' + ' | '.join(f'{OURS[k][0]} | t' for k in runs) + ' |')
     print('|---|---|' + '---|---|'*len(runs))
     for e, (nm, form) in product(range(epochs), MEASURES.items()):
@@ -43,16 +46,18 @@ def show(runs, epochs):
 
 
 def main():
-    p = data_options(options(__doc__, reps=3), [PLAIN, 'item-fast', 'batch-fast'])
+    p = options(__doc__)
+    method_options(p, [PLAIN, 'item-fast', 'batch-fast'])
+    seeds_option(p, [0, 1, 2])
     p.add_argument('--epochs', type=int, default=3, help='epochs a run')
     p.add_argument('--images', type=int, help='training images, drawn once; not given: all')
     args = parse(p)
-    if args.reps < 2: p.error(f'--reps is {args.reps}, but a deviation needs 2 seeds or more')
-    if PLAIN not in args.contestants: p.error(f'--contestants must name {PLAIN}, the reference')
-    source, runs = get_source(args.data, args.images), {k: [] for k in args.contestants}
-    for seed, key in product(range(args.reps), runs):
+    if len(args.seeds) < 2: p.error('--seeds names one seed, but a deviation needs 2 or more')
+    if PLAIN not in args.methods: p.error(f'--methods must name {PLAIN}, the reference')
+    source, runs = get_source(args.data, args.images), {k: [] for k in args.methods}
+    for seed, key in product(args.seeds, runs):
         runs[key].append(history(key, seed, args.epochs, source))
-        rows, settings = runs[key][-1], dict(contestant=key, seed=seed, recipe='stated', images=source.n_train)
+        rows, settings = runs[key][-1], dict(method=key, seed=seed, recipe='stated', images=source.n_train)
         save([make_line(OURS[key][0], nm, 'a row an epoch', [r[nm] for r in rows], settings) for nm in MEASURES], args.out)
         print(f'seed {seed}  {OURS[key][0]}: train_loss', *(f'{r["train_loss"]:.4f}' for r in rows), file=sys.stderr, flush=True)
     show(runs, args.epochs)

@@ -1,8 +1,9 @@
-"Milliseconds that fastai adds to each batch, part by part, on a stand-in for the Net whose own work is next to nothing"
+"Milliseconds that fastai adds to each batch, part by part, on a stand-in for the Net that computes almost nothing"
 import os
 import sys
 from contextlib import redirect_stdout
 from functools import partial
+from pathlib import Path
 from time import perf_counter
 
 import torch
@@ -16,8 +17,9 @@ from fastai.metrics import accuracy
 from fastai.optimizer import SGD
 from torch import nn
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import make_line, options, parse, save, show
-from competitors import bare_sgd, fixed_batch
+from methods import bare_sgd, fixed_batch
 from s9_fastai.training.fast import FastSGD
 from s9_fastai.nets.net import Net
 from s9_fastai.training.record import EpochRecorder
@@ -34,7 +36,7 @@ class StandIn(nn.Module):
 
 
 class Still:
-    "A loader that gives one batch `n` times"
+    "A loader that returns one batch `n` times"
     def __init__(self, batch, n): self.batch, self.n, self.device = batch, n, torch.device('cpu')
     def __len__(self): return self.n
     def __iter__(self): return iter([self.batch]*self.n)
@@ -75,12 +77,12 @@ WAYS = {'PyTorch loop': loop,
 
 
 def main():
-    p = options(__doc__, reps=5)
+    p = options(__doc__, repeats=5)
     p.add_argument('--steps', type=int, default=200, help='batches in a repetition')
     args = parse(p)
     batch, times = fixed_batch(128), {}
     runs = {nm: make(batch, args.steps) for nm, make in WAYS.items()}
-    for rep in range(args.reps + 1):
+    for rep in range(args.repeats + 1):
         for nm, run in runs.items():
             start = perf_counter()
             run()

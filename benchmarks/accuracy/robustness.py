@@ -1,17 +1,19 @@
-"""Reads the test images once with the weights in the package: accuracy, by class, and with corruptions made on the fly.
+"""Accuracy of the packaged weights on the test images: of all, by class, and with corruptions made on the fly.
 
 The corruptions are those of CIFAR-10-C (Hendrycks and Dietterich, 2019, five severities each) that a few lines can make;
-their strengths are the ones of its published code. The images are ours, so compare with CIFAR-10-C itself with care.
+their strengths are those of its published code. The images are not its files, so compare with CIFAR-10-C with care.
 """
-import os
+import sys
 from io import BytesIO
+from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 from PIL import Image
 
-from common import facts, options, parse, save
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import data_option, facts, options, parse, save
 from s9_fastai.cifar.load import load_cifar
 from s9_fastai.cifar.facts import CLASSES, MEAN, STD
 from s9_fastai.nets.tta import FlipTTA
@@ -51,7 +53,7 @@ def corrupted(images, f, strength, seed):
 
 
 def measure(net, test):
-    "Counts of recognised images: of all, with a look at the mirror image too, by class, by corruption and severity"
+    "Counts of recognised images: of all, with flip TTA too, by class, by corruption and severity"
     hit = recognised(net, test.images, test.labels)
     mirrored = int(recognised(FlipTTA(net), test.images, test.labels).sum())
     by_class = {c: int(hit[test.labels == i].sum()) for i, c in enumerate(CLASSES)}
@@ -63,7 +65,7 @@ def measure(net, test):
 
 def main():
     p = options(__doc__)
-    p.add_argument('--data', default=os.environ.get('S9_CIFAR10'), help="the full CIFAR-10, or 'sample' to try out")
+    data_option(p)
     args = parse(p)
     o = measure(Net.pretrained(), load_cifar(args.data).test)
     save([dict(what=WEIGHTS.name, measure='recognised test images', **o, **facts())], args.out)

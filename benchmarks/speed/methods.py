@@ -1,4 +1,4 @@
-"Ways to feed and train the Net on CIFAR-10: of fastai, PyTorch, torchvision and kornia, and those of this package"
+"The methods that are compared: loaders and training of the Net with fastai, PyTorch, torchvision and kornia, and with this package"
 from functools import partial
 from importlib.util import find_spec
 from time import perf_counter
@@ -32,11 +32,11 @@ from s9_fastai.app.recipe import get_recipe
 from s9_fastai.nets.net import Net
 from s9_fastai.training.schedule import StepLR
 
-# ---- loaders: each takes the source, the batch size and the number of workers, and gives a training and a test loader
+# ---- loaders: each takes the source, the batch size and the number of workers, and returns a training and a test loader
 
 
 class Augment(Transform):
-    "Albumentations as fastai's documentation puts them into a `DataBlock`"
+    "Albumentations in a `DataBlock`, as in fastai's documentation"
     split_idx = 0  # training images only
 
     def __init__(self, aug):
@@ -47,7 +47,7 @@ class Augment(Transform):
 
 
 def fastai_dls(source, bs, workers):
-    "PNG files in folders, opened again for each batch, as fastai's documentation does it"
+    "PNG files in folders, opened again for each batch, as in fastai's documentation"
     block = DataBlock(
         blocks=(ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label,
         splitter=GrandparentSplitter(valid_name='test'), item_tfms=Augment(get_policy('reference')),
@@ -56,7 +56,7 @@ def fastai_dls(source, bs, workers):
 
 
 class ArrayDataset(Dataset):
-    "All images in memory, each handed as a PIL image to `tfm`, as torchvision's CIFAR-10 does it"
+    "All images in memory, each given as a PIL image to `tfm`, as in torchvision's CIFAR-10"
     def __init__(self, split, tfm):
         self.images, self.labels, self.tfm = np.array(split.images), split.labels.tolist(), tfm
 
@@ -65,7 +65,7 @@ class ArrayDataset(Dataset):
 
 
 class ForPIL:
-    "An Albumentations pipeline that takes a PIL image and gives a normalised tensor"
+    "An Albumentations pipeline from a PIL image to a normalised tensor"
     def __init__(self, tfms): self.pipe = A.Compose([*tfms, A.Normalize(MEAN, STD), ToTensorV2()])
     def __call__(self, img): return self.pipe(image=np.array(img))['image']
 
@@ -132,20 +132,20 @@ def has_kornia(): return find_spec('kornia') is not None
 
 
 def loader_name(key, workers):
-    "How tables call a loader"
+    "The name of a loader in tables"
     return f'{TITLES[key]}, {"1 process" if workers == 0 else "1 worker" if workers == 1 else f"{workers} workers"}'
 
 
 def check_batch(xb, yb, bs):
-    "AssertionError unless the batch is what all contestants agreed to deliver"
+    "AssertionError unless the batch is what every method delivers"
     assert xb.shape == (bs, 3, 32, 32) and xb.dtype == torch.float32 and xb.device.type == 'cpu', (xb.shape, xb.dtype)
     assert yb.shape == (bs,) and yb.dtype == torch.int64 and set(yb.tolist()) <= set(range(10)), yb
-    # the black holes pull the mean below 0
+    # the black squares of cutout pull the mean below 0
     assert -0.6 < xb.mean() < 0.3 and 0.7 < xb.std() < 1.7, (xb.mean(), xb.std())
 
 
 def make_pass(key, source, bs, workers):
-    "A function that takes all training batches once and gives the images per second"
+    "A function that reads all training batches once and returns the images per second"
     train = LOADERS[key](source, bs, workers)[0]
 
     def run():
@@ -157,24 +157,24 @@ def make_pass(key, source, bs, workers):
     return run
 
 
-# ---- epochs: each `make` gives a function that runs an epoch with its test: seconds of both, and of the training part
+# ---- epochs: each `make` returns a function that runs an epoch with its test: seconds of both, and of the training part
 
 
 class Clock(Callback):
-    "Takes the seconds of the training part of an epoch"
+    "Times the training part of an epoch"
     def before_train(self): self.start = perf_counter()
     def after_train(self): self.seconds = perf_counter() - self.start
 
 
 def fit_once(learn):
-    "One epoch of `learn`, without bars or printed rows"
+    "One epoch of `learn`, without progress bars or printed rows"
     clock, start = Clock(), perf_counter()
     with learn.no_bar(), learn.no_logging(): learn.fit(1, cbs=clock)
     return {'epoch': perf_counter() - start, 'training': clock.seconds}
 
 
 def make_fastai(source, bs, workers):
-    "A `Learner` as fastai's documentation sets it up"
+    "A `Learner` as in fastai's documentation"
     learn = Learner(fastai_dls(source, bs, workers), Net(), opt_func=partial(SGD, mom=0.9), lr=0.05, metrics=accuracy,
                     cbs=StepLR())
     return partial(fit_once, learn)
@@ -223,7 +223,7 @@ def test_pytorch(model, loader):
 
 
 def make_pytorch(source, bs, workers):
-    "A loop as PyTorch's tutorials write it"
+    "A loop as in PyTorch's tutorials"
     train, test = pytorch_loaders(source, bs, workers)
     model = Net()
     opt = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
@@ -262,7 +262,7 @@ def bare_sgd(model): return torch.optim.SGD(model.parameters(), lr=1e-4, momentu
 
 
 def make_bare(source, bs, workers):
-    "The limit of the training part: the fast network in its number format, with a batch that is already there"
+    "The limit of the training part: the fast network in its dtype, with a batch that is already there"
     keep_freed_memory()
     model, dtype = fast_net(get_recipe('stated').dropout).train(), autocast_dtype(torch.device('cpu'))
     opt, (xb, yb) = bare_sgd(model), fixed_batch(bs)

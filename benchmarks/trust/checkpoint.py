@@ -1,5 +1,7 @@
 "What checkpoints cost: the part of an epoch's time that is spent in `Checkpoint` and `FiniteLoss`, in early epochs and in the hundredth"
+import sys
 import time
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import torch
@@ -8,7 +10,8 @@ from fastai.callback.progress import ProgressCallback
 from fastai.torch_core import set_seed
 from fastcore.basics import noop
 
-from common import data_options, make_line, options, parse, save, show
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import make_line, method_options, options, parse, save, show
 from s9_fastai.resume.checkpoint import Checkpoint
 from s9_fastai.training.guards import FiniteLoss
 from s9_fastai.cifar.loaders import cifar_dls
@@ -19,7 +22,7 @@ spent = []  # seconds in the two callbacks, one sum an epoch
 
 
 def timed(cls):
-    "A kind of `cls` that adds the time of each of its events to `spent`"
+    "A subclass of `cls` that adds the time of each of its events to `spent`"
     class Timed(cls):
         name = cls(**({'run_dir': '.'} if cls is Checkpoint else {})).name
         def __call__(self, event):
@@ -32,9 +35,9 @@ def timed(cls):
 class Epochs(Callback):
     "Times each epoch, and before the last ones makes the Recorder's lists as long as they are after 100 epochs"
     order = -2000  # before all others
-    def __init__(self, reps): self.reps, self.starts = reps, []
+    def __init__(self, repeats): self.repeats, self.starts = repeats, []
     def before_epoch(self):
-        if self.epoch == 1 + self.reps: self.lengthen(100*len(self.dls.train))
+        if self.epoch == 1 + self.repeats: self.lengthen(100*len(self.dls.train))
         self.starts.append(time.perf_counter())
         spent.append(0.)
     def after_fit(self): self.starts.append(time.perf_counter())
@@ -44,25 +47,26 @@ class Epochs(Callback):
         rec.losses = [torch.tensor(i/n) for i in range(n)]
 
 
-def run(data, reps, augment, run_dir):
-    "Epochs: one that does not count, `reps` early ones, `reps` as the hundredth; seconds of each, and those in the callbacks"
+def run(data, repeats, augment, run_dir):
+    "Epochs: a warm-up, `repeats` early ones, `repeats` as the hundredth; seconds of each, and those in the callbacks"
     set_seed(0)
-    dls, clock = cifar_dls(data, augment=augment, seed=0), Epochs(reps)
+    dls, clock = cifar_dls(data, augment=augment, seed=0), Epochs(repeats)
     learn = s9_learner(dls, get_recipe(augment=augment), cbs=[clock, timed(FiniteLoss)(), timed(Checkpoint)(run_dir)])
     learn.remove_cbs([cb for cb in learn.cbs if type(cb) in (FiniteLoss, ProgressCallback)])
     learn.logger = noop
-    learn.fit(1 + 2*reps)
+    learn.fit(1 + 2*repeats)
     return [b - a for a, b in zip(clock.starts, clock.starts[1:])][1:], spent[1:]
 
 
 def main():
-    p = data_options(options(__doc__, reps=3), ['batch', 'item'])
+    p = options(__doc__, repeats=3)
+    method_options(p, ['batch', 'item'])
     args = parse(p)
     lines = []
-    for augment in args.contestants:
+    for augment in args.methods:
         spent.clear()
-        with TemporaryDirectory() as tmp: epochs, inside = run(args.data, args.reps, augment, tmp)
-        for name, part in (('early', slice(args.reps)), ('the hundredth', slice(args.reps, None))):
+        with TemporaryDirectory() as tmp: epochs, inside = run(args.data, args.repeats, augment, tmp)
+        for name, part in (('early', slice(args.repeats)), ('the hundredth', slice(args.repeats, None))):
             o = dict(augment=augment, seconds_of_the_epochs=epochs[part], seconds_inside=inside[part])
             percent = [100*b/a for a, b in zip(epochs[part], inside[part])]
             lines.append(make_line(f'{augment} path, {name} epoch', 'part of an epoch', '%', percent, o))

@@ -1,11 +1,9 @@
-"""Trains `fast` for a few epochs with one thing changed at a time: what each brings, on images held out of training.
+"""Trains `fast` for a few epochs with one thing changed at a time, and measures each on held-out training images.
 
-One run for each variant from each seed that is asked for. The test images are not read.
+One run for each variant and seed. The test images are not read.
 """
-import json
 import multiprocessing
-import os
-from argparse import ArgumentDefaultsHelpFormatter, ArgumentParser
+import sys
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -16,18 +14,17 @@ import torch
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.torch_core import set_seed
 
-from accuracy import curves
-from common import facts, here, save
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from common import chosen, cpu_dtype, curves, data_option, facts, jobs_option, options, parse, read_lines, save, seeds_option, variants_argument
 from s9_fastai.cifar.load import load_cifar
 from s9_fastai.cifar.loaders import cifar_dls
 from s9_fastai.app.teacher import TEACHER
 from s9_fastai.training.distill import TeacherLogits, Distill, check_logits
-from s9_fastai.training.fast import autocast_dtype
 from s9_fastai.app.learner import s9_learner
 from s9_fastai.app.recipe import get_recipe
 from s9_fastai.resume.settings import describe_callback
 
-fields = {  # of the recipe, by what is said of a variant
+fields = {  # of the recipe, by the name of a variant
     'as it is': {},
     'without averages': dict(ema=0.), 'averages three times as old': dict(ema=0.09),
     "Nesterov's momentum": dict(opt='nesterov', lr=0.15, wd=3e-4), 'momentum 0.95': dict(mom=0.95),
@@ -46,13 +43,13 @@ def recipe_of(what, args):
 
 
 def subject(what, seed, args):
-    "What tells one training from another, beside its recipe"
+    "What identifies a training, beside its recipe"
     teacher = dict(teacher=TeacherLogits.load(args.teacher).key) if what in taught else {}
     return dict(what=what, seed=seed, data_key=args.data_key, **teacher)
 
 
 def train(what, seed, args):
-    "The result of one variant, as a line"
+    "The result of one variant, as a row"
     torch.set_num_threads(args.threads)
     facts()  # before the training: how busy the machine is
     recipe = recipe_of(what, args)
@@ -70,39 +67,34 @@ def train(what, seed, args):
     return dict(**subject(what, seed, args), measure='accuracy on the held-out images after the last epoch', unit='%', n=1,
                 values=[100*df.valid_accuracy.iloc[-1]], recipe=vars(recipe),
                 callbacks=[describe_callback(cb) for cb in cbs], runs_at_once=args.jobs,
-                autocast_dtype=str(autocast_dtype(torch.device('cpu')))[6:],
+                autocast_dtype=cpu_dtype(),
                 seconds=round(perf_counter() - start), history=curves(df), **facts())
 
 
 def is_done(what, seed, args):
-    "Are the results of this training there already? The oldest lines tell neither data nor teacher"
-    path = args.out/'ablate.jsonl'
-    lines = map(json.loads, path.read_text(encoding='utf-8').splitlines()) if path.is_file() else ()
+    "Does this training have a row already? The oldest rows have neither data nor teacher"
     mine = {**subject(what, seed, args), 'recipe': vars(recipe_of(what, args))}
-    return any(all(o.get(k, v) == v for k, v in mine.items()) for o in lines)
+    return any(all(o.get(k, v) == v for k, v in mine.items()) for o in read_lines(args.out/'ablate.jsonl'))
 
 
-def options(names):
-    p = ArgumentParser(description=__doc__, formatter_class=ArgumentDefaultsHelpFormatter, allow_abbrev=False)
-    p.add_argument('variants', nargs='*', metavar='VARIANT', help=f'one of: {", ".join(names)}; none: all')
-    p.add_argument('--data', default=os.environ.get('S9_CIFAR10'), help="the full CIFAR-10, or 'sample' to try out")
+def arguments():
+    p, names = options(__doc__), [*fields, *callbacks, *taught]
+    variants_argument(p, names)
+    data_option(p)
+    seeds_option(p, [0])
+    jobs_option(p)
     p.add_argument('--epochs', type=int, default=8, help='passes over the training images')
-    p.add_argument('--seeds', type=int, nargs='+', default=[0], help='of weights, order and augmentation')
     p.add_argument('--held-out', type=int, default=5000, help='training images that validate')
-    p.add_argument('--teacher', type=Path, default=TEACHER, help="logits from teacher.py; if not given, the package's")
-    p.add_argument('--jobs', type=int, default=1, help='runs at once')
-    p.add_argument('--threads', type=int, default=torch.get_num_threads(), help='threads of torch in each run')
-    p.add_argument('--out', type=Path, default=here/'results', help='folder of the JSON lines')
-    args = p.parse_args()
-    if wrong := [o for o in args.variants if o not in names]: p.error(f'no variant {wrong[0]!r}: {", ".join(names)}')
+    p.add_argument('--teacher', type=Path, default=TEACHER, help="logits from teacher.py; default: the packaged ones")
+    args = parse(p)
+    args.variants = chosen(p, args.variants, names)
     args.data_key = load_cifar(args.data).key
     return args
 
 
 def main():
-    names = [*fields, *callbacks, *taught]
-    args = options(names)
-    todo = [(o, s) for s in args.seeds for o in args.variants or names if not is_done(o, s, args)]
+    args = arguments()
+    todo = [(o, s) for s in args.seeds for o in args.variants if not is_done(o, s, args)]
     with ProcessPoolExecutor(args.jobs, multiprocessing.get_context('spawn')) as pool:
         for o in pool.map(partial(train, args=args), *zip(*todo)):
             save([o], args.out)
