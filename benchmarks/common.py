@@ -23,7 +23,8 @@ import torch
 from PIL import Image
 
 from s9_fastai.cifar.facts import CLASSES
-from s9_fastai.cifar.load import fastai_dir, load_cifar
+from s9_fastai.cifar.download import fastai_dir
+from s9_fastai.cifar.load import load_cifar
 from s9_fastai.app.command import complain
 from s9_fastai.core.environment import environment
 

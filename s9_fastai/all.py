@@ -15,6 +15,8 @@ from s9_fastai.nets.tta import *
 from s9_fastai.report.summary import *
 from s9_fastai.report.plots import *
 from s9_fastai.cifar.facts import CLASSES, MEAN, STD, Cifar10, Split
+from s9_fastai.cifar.cache import *
+from s9_fastai.cifar.download import *
 from s9_fastai.cifar.load import *
 from s9_fastai.cifar.readers import *
 from s9_fastai.cifar.loaders import *
