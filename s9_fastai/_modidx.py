@@ -377,6 +377,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      's9_fastai/cifar/archives.py'),
                                           's9_fastai.cifar.archives.check_top': ( 'cifar.archives.html#check_top',
                                                                                   's9_fastai/cifar/archives.py'),
+                                          's9_fastai.cifar.archives.layout_members': ( 'cifar.archives.html#layout_members',
+                                                                                       's9_fastai/cifar/archives.py'),
                                           's9_fastai.cifar.archives.safe_member': ( 'cifar.archives.html#safe_member',
                                                                                     's9_fastai/cifar/archives.py')},
             's9_fastai.cifar.cache': { 's9_fastai.cifar.cache.as_cifar': ('cifar.cache.html#as_cifar', 's9_fastai/cifar/cache.py'),
