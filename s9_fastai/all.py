@@ -11,9 +11,12 @@ from s9_fastai.augment.policies import *
 from s9_fastai.data.images import *
 from s9_fastai.data.loader import *
 from s9_fastai.nets.net import *
+from s9_fastai.nets.original import *
 from s9_fastai.nets.tta import *
+from s9_fastai.report.trace import Row
 from s9_fastai.report.summary import *
 from s9_fastai.report.plots import *
+from s9_fastai.report.mistakes import *
 from s9_fastai.cifar.facts import CLASSES, MEAN, STD, Cifar10, Split
 from s9_fastai.cifar.cache import *
 from s9_fastai.cifar.download import *

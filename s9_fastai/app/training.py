@@ -27,7 +27,8 @@ from ..training.distill import TeacherLogits, check_logits, check_teacher
 from ..core.environment import get_device, use_deterministic
 from ..core.text import show_bars, shown
 from ..core.files import naming, replacing, write_json
-from ..report.plots import plot_curves, plot_misclassified
+from ..report.mistakes import plot_misclassified
+from ..report.plots import plot_curves
 from .learner import s9_learner
 from .recipe import get_recipe
 from .inputs import check_batches

@@ -38,7 +38,7 @@ def check_python(
 
 # %% ../../nbs/42_cifar.archives.ipynb #9b691bb5
 class SoundHeader(tarfile.TarInfo):
-    "A member of an archive; `tarfile.ReadError` where its header is damaged, missing or asks for too much"
+    "A member of an archive; `tarfile.ReadError` where its header is damaged, missing or too large"
     @classmethod
     def frombuf(cls,
         buf:bytes, # The header, 512 bytes; zeros are the end of the archive
@@ -91,7 +91,8 @@ def archive_files(
     with open(path, 'rb') as f:
         try:
             with tarfile.open(fileobj=f, mode='r:*', tarinfo=SoundHeader) as tf:
-                files = {parts: tf.extractfile(m).read() if m.isfile() else None for parts, m in layout_members(tf, room)}
+                files = {parts: tf.extractfile(m).read() if m.isfile() else None
+                         for parts, m in layout_members(tf, room)}
                 while tf.fileobj.read(2**20): pass  # up to the end, where gzip compares its checksum
         except Refused as e: raise ValueError(f'{shown(path)}: {e}') from e
         except Exception as e:  # tarfile's errors, and those of whatever decompressor it chose

@@ -39,7 +39,7 @@ def fetch(
     progress:bool=False, # Show a progress bar?
     timeout:float=60 # Seconds without a byte after which to give up
 ):
-    "Write what is at `url` to `dest`, with a bar if `progress` and the server says how much it is; else an error"
+    "Write what is at `url` to `dest`, with a bar if `progress` and the server gives the size; else an error"
     with urlopen(url, timeout=timeout) as r, open(dest, 'wb') as f:
         total = int(r.headers.get('Content-Length', 0))
         bar = progress_bar([], total=total) if total and show_bars(progress) else None
@@ -55,7 +55,7 @@ def check_download(
     url:str, # Where it came from
     progress:bool=False # Show a progress bar while decoding?
 ):
-    "`ValueError` unless `path` is what fastai knows of `url`, if anything, and `read_source` reads it"
+    "`ValueError` unless `path` is as fastai lists it for `url`, if it does, and `read_source` reads it"
     known, got = read_checks(checks_module(fastai.data)).get(url), path_stats(path)
     if known and tuple(known) != got:
         raise ValueError('got {} bytes with the checksum {}, expected {} with {}'.format(*got, *known))
@@ -79,7 +79,7 @@ def download(
             with open(new, 'r+b') as f: os.fsync(f.fileno())
             os.replace(new, arch)
         return arch
-    except Exception as e:  # whatever the network, the disk and the archive come up with
+    except Exception as e:  # of the network, the disk or the archive
         raise FileNotFoundError(
             f'CIFAR-10 not found: no path given, S9_CIFAR10 not set, nothing at {shown(data)} or {shown(arch)}, and '
             f'the download of {URLs.CIFAR} failed ({one_line(e)}). Give a path (folder or archive, in fastai or '

@@ -58,7 +58,7 @@ def layout_parts(
     return ()
 
 # %% ../../nbs/40_cifar.facts.ipynb #bbeeff41
-class Refused(ValueError): "A file that is not let in; the message says which, what is allowed and the remedy"
+class Refused(ValueError): "A file that is not admitted; the message has its name, what is allowed and the remedy"
 
 # %% ../../nbs/40_cifar.facts.ipynb #d6fe55a7
 def check_size(

@@ -42,12 +42,12 @@ def folder_root(
 def folder_files(
     path:Path # A folder in one of the two layouts, or the folder above it
 ) -> dict: # Place in the layout -> path of the file, `None` for a folder
-    "The visible files of the layout in the folder `path`; `ValueError` as `folder_root`, `OSError` as the system says"
+    "The visible files of the layout in the folder `path`; `ValueError` as `folder_root`, or the system's `OSError`"
     def visible(p): return [o for o in os.scandir(p) if not o.name.startswith('.')]
     root = folder_root(path)
     files = {(o,): str(root/o) for o in SPLITS + BATCHES if is_there(root/o)}
     for s in SPLITS:
-        if (s,) not in files or not (root/s).is_dir(): continue  # a file is reported in its turn
+        if (s,) not in files or not (root/s).is_dir(): continue  # a file is reported later
         del files[s,]
         for c in visible(root/s):
             files[s, c.name] = None if c.is_dir() else c.path
@@ -90,7 +90,7 @@ def check_place(
     parts:tuple, # Place in the layout, from the split on
     is_dir:bool # A folder?
 ):
-    "`ValueError` unless `parts` is a split, a class's folder or a file in one (`is_dir` says which it is)"
+    "`ValueError` unless `parts` is a split, a class's folder or a file in one (a folder if `is_dir`)"
     name = shown('/'.join(parts))
     if len(parts) > 1 and parts[1] not in CLASSES:
         raise ValueError(f'{name}: {parts[1]!r} is not a class, allowed are {", ".join(CLASSES)}; rename or remove it')
@@ -129,7 +129,7 @@ def read_source(
     src:Path, # A folder or an archive
     progress:bool=False # Show a progress bar?
 ) -> tuple: # Training and test `Split`
-    "Both splits of `src`, checked, with a bar if `progress`; `ValueError` or `OSError` that says what is wrong"
+    "Both splits of `src`, checked, with a bar if `progress`; `ValueError` or `OSError` that names the fault"
     with read_errors(src): files = folder_files(src) if src.is_dir() else archive_files(src)
     try:
         with read_errors(src):

@@ -40,11 +40,11 @@ def _latin1(
     s:str, # Bytes, each as one character
     encoding:str # 'latin1'
 ) -> bytes: # The bytes
-    "`s` as bytes, which is all that pickles want of `_codecs.encode`; `pickle.UnpicklingError` for another `encoding`"
+    "`s` as bytes, which is all that pickles need of `_codecs.encode`; `pickle.UnpicklingError` for another `encoding`"
     if encoding != 'latin1': raise pickle.UnpicklingError(f"_codecs.encode with {encoding!r}, only 'latin1' is allowed")
     return s.encode('latin1')
 
-def _reconstruct(kind, shape, code): return NumberArray(0, np.uint8)  # the array's state tells shape and type
+def _reconstruct(kind, shape, code): return NumberArray(0, np.uint8)  # shape and type follow with the array's state
 
 def _frombuffer(data, kind, shape, order):  # as protocol 5 has it
     if not (isinstance(data, (bytes, bytearray)) and isinstance(kind, NumberType)):
@@ -54,7 +54,7 @@ def _frombuffer(data, kind, shape, order):  # as protocol 5 has it
 # %% ../../nbs/43_cifar.pickles.ipynb #d602b7e9
 _types = (bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset)
 
-#: The names that a pickle may use, each with what it stands for; numpy 2 says `_core` where numpy 1 said `core`
+#: The names that a pickle may use, each with what it stands for; `_core` is numpy 2, `core` numpy 1
 ADMITTED = {('numpy', 'ndarray'): 'ndarray', ('numpy', 'dtype'): NumberType, ('_codecs', 'encode'): _latin1,
             **{(f'numpy.{o}.multiarray', '_reconstruct'): _reconstruct for o in ('core', '_core')},
             **{(f'numpy.{o}.numeric', '_frombuffer'): _frombuffer for o in ('core', '_core')},
@@ -81,7 +81,7 @@ def read_batch(
         d = ArrayUnpickler(BytesIO(data), encoding='latin1').load()
         d = {k.decode() if isinstance(k, bytes) else k: v for k,v in d.items()}
         x, y = np.asarray(d['data']) if isinstance(d['data'], np.ndarray) else d['data'], d['labels']
-    except Exception as e:  # a bad pickle may raise anything, says Python's manual
+    except Exception as e:  # a bad pickle may raise anything, by Python's manual
         raise ValueError(f'{name}: not a CIFAR-10 batch ({one_line(e)}); get it again') from e
     if not (isinstance(x, np.ndarray) and x.dtype == np.uint8 and x.shape[1:] == (3072,)):
         got = f'{x.dtype} {x.shape}' if isinstance(x, np.ndarray) else type(x).__name__
