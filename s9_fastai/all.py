@@ -11,10 +11,15 @@ from s9_fastai.augment.policies import *
 from s9_fastai.data.images import *
 from s9_fastai.data.loader import *
 from s9_fastai.nets.net import *
+from s9_fastai.nets.original import *
 from s9_fastai.nets.tta import *
+from s9_fastai.report.trace import Row
 from s9_fastai.report.summary import *
 from s9_fastai.report.plots import *
+from s9_fastai.report.mistakes import *
 from s9_fastai.cifar.facts import CLASSES, MEAN, STD, Cifar10, Split
+from s9_fastai.cifar.cache import *
+from s9_fastai.cifar.download import *
 from s9_fastai.cifar.load import *
 from s9_fastai.cifar.readers import *
 from s9_fastai.cifar.loaders import *

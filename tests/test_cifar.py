@@ -1,4 +1,4 @@
-"Guards of s9_fastai.cifar.layouts, the rooms below it and cifar: every layout gives the same arrays, the cache survives, and nothing bad is let in"
+"The checks of the modules of `cifar`: every layout gives the same arrays, the cache survives, and nothing bad is let in"
 import importlib.util
 import os
 import pickle
@@ -14,10 +14,12 @@ import pytest
 from fastai.data.external import fastai_cfg
 from PIL import Image
 
-import s9_fastai.cifar.load as cifar
+import s9_fastai.cifar.cache as caching
+import s9_fastai.cifar.download as downloading
 import s9_fastai.cifar.layouts as layouts
 from s9_fastai.cifar.archives import archive_files
-from s9_fastai.cifar.load import SAMPLE, find_source, load_cifar, open_cache, source_key
+from s9_fastai.cifar.cache import open_cache, source_key
+from s9_fastai.cifar.load import SAMPLE, find_source, load_cifar
 from s9_fastai.cifar.facts import BATCHES, CLASSES, SPLITS
 from s9_fastai.cifar.layouts import read_source
 from s9_fastai.cifar.pickles import ArrayUnpickler
@@ -363,7 +365,7 @@ def no_read(*a, **k): raise AssertionError('the images were decoded again')
 
 def test_second_load_maps_the_first_ones_arrays(tmp_path, tiny, arrays, monkeypatch):
     load_cifar(tiny, tmp_path/'c')
-    monkeypatch.setattr(cifar, 'read_source', no_read)
+    monkeypatch.setattr(caching, 'read_source', no_read)
     ds = load_cifar(tiny, tmp_path/'c')
     assert_same(ds[:2], arrays)
     assert all(isinstance(a, np.memmap) and not a.flags.writeable for s in ds[:2] for a in s)
@@ -429,11 +431,11 @@ def test_an_entry_is_whole_or_not_there(tmp_path, tiny, monkeypatch):
 
 def test_a_cache_that_cannot_be_written_says_so_before_decoding(tmp_path, tiny, monkeypatch):
     (tmp_path/'file').write_text('')
-    monkeypatch.setattr(cifar, 'read_source', no_read)
+    monkeypatch.setattr(caching, 'read_source', no_read)
     with pytest.raises(OSError, match='file/c: the cache cannot be written there .* cache_dir, or .* FASTAI_HOME'):
         load_cifar(tiny, tmp_path/'file'/'c')
     def denied(**k): raise PermissionError(13, 'Permission denied')
-    monkeypatch.setattr(cifar, 'TemporaryDirectory', denied)  # a folder that is there and read-only
+    monkeypatch.setattr(caching, 'TemporaryDirectory', denied)  # a folder that is there and read-only
     with pytest.raises(OSError, match='c: the cache cannot be written there .*Permission denied'):
         load_cifar(tiny, tmp_path/'c')
 
@@ -446,14 +448,14 @@ def test_a_source_that_cannot_be_read_is_not_blamed_on_the_cache(tmp_path, tiny,
 
 
 def test_two_processes_at_once_both_end_well(tmp_path, tiny, arrays):
-    code = ('import sys, time, s9_fastai.cifar.load as c; from pathlib import Path\n'
+    code = ('import sys, time, s9_fastai.cifar.cache as c, s9_fastai.cifar.load as load; from pathlib import Path\n'
             'real = c.read_source\n'
             'def slow(*a):\n'
             '    Path(sys.argv[3]).touch(); out = real(*a)\n'  # both decode before either one publishes
             '    while not all(Path(p).exists() for p in sys.argv[3:]): time.sleep(.01)\n'
             '    return out\n'
             'c.read_source = slow\n'
-            'print(c.load_cifar(*sys.argv[1:3]).key)')
+            'print(load.load_cifar(*sys.argv[1:3]).key)')
     marks = [str(tmp_path/'m0'), str(tmp_path/'m1')]
     cmd = [sys.executable, '-W', 'ignore', '-c', code, tiny, tmp_path/'c']
     ps = [subprocess.Popen([*cmd, *m], stdout=subprocess.PIPE, text=True) for m in (marks, marks[::-1])]
@@ -470,10 +472,10 @@ def no_network(*a, **k): raise OSError('Network is unreachable')
 
 def test_search_order(tmp_path, tiny, home, monkeypatch):
     got = []
-    monkeypatch.setattr(cifar, 'fetch', lambda url, dest, progress: got.append(url) or tar_of(tiny, dest))
-    monkeypatch.setattr(cifar, 'read_checks', lambda module: {})
+    monkeypatch.setattr(downloading, 'fetch', lambda url, dest, progress: got.append(url) or tar_of(tiny, dest))
+    monkeypatch.setattr(downloading, 'read_checks', lambda module: {})
     arch, data = home/'archive'/'cifar10.tgz', home/'data'/'cifar10'
-    for _ in range(2): assert find_source() == arch and got == [cifar.URLs.CIFAR]
+    for _ in range(2): assert find_source() == arch and got == [downloading.URLs.CIFAR]
     data.mkdir(parents=True)
     assert find_source() == data
     monkeypatch.setenv('S9_CIFAR10', str(tiny))
@@ -491,16 +493,16 @@ def test_default_cache_is_in_fastais_folder(tiny, home):
 
 def test_nothing_there_and_no_network(home, monkeypatch, capsys):
     calls = []
-    monkeypatch.setattr(cifar, 'fetch', lambda url, *a: calls.append(url) or no_network())
+    monkeypatch.setattr(downloading, 'fetch', lambda url, *a: calls.append(url) or no_network())
     with pytest.raises(FileNotFoundError) as e: load_cifar()
-    for o in ('S9_CIFAR10', str(home/'data'/'cifar10'), str(home/'archive'/'cifar10.tgz'), cifar.URLs.CIFAR,
-              'Network is unreachable', "load_cifar('sample')", '--data sample'): assert o in str(e.value)
+    for o in ('S9_CIFAR10', str(home/'data'/'cifar10'), str(home/'archive'/'cifar10.tgz'), downloading.URLs.CIFAR,
+              'Network is unreachable', "or give 'sample' for the embedded sample"): assert o in str(e.value)
     assert '\n' not in str(e.value) and isinstance(e.value.__cause__, OSError) and len(calls) == 1
     assert capsys.readouterr() == ('', '')
 
 
 def test_a_download_is_quiet_in_a_pipe(home, monkeypatch, capsys):
-    monkeypatch.setattr(cifar, 'urlopen', no_network)
+    monkeypatch.setattr(downloading, 'urlopen', no_network)
     with pytest.raises(FileNotFoundError, match='Network is unreachable'): load_cifar()
     assert capsys.readouterr() == ('', '')
 

@@ -18,7 +18,8 @@ from test_faults_training import assert_all_is_whole, command, epoch_re, here, m
 
 from s9_fastai.resume.checkpoint import Checkpoint
 from s9_fastai.app.recipe import get_recipe
-from s9_fastai.nets.net import Net, load_original
+from s9_fastai.nets.net import Net
+from s9_fastai.nets.original import load_original
 from s9_fastai.resume.saved import ResumeError, newest_checkpoint, read_checkpoint
 from s9_fastai.core.weights import load_weights, read_tensors, save_weights, write_tensors
 from s9_fastai.resume.state import read_state, write_state

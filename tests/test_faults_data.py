@@ -25,10 +25,12 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_cifar import assert_same, deep, deep_rgb, evil_pickles, home, png, tar_of, tiny_arrays, write_batches, write_fastai
 
-import s9_fastai.cifar.load as cifar
+import s9_fastai.cifar.cache as caching
+import s9_fastai.cifar.download as downloading
 import s9_fastai.cifar.layouts as layouts
 from s9_fastai.cifar.archives import archive_files
-from s9_fastai.cifar.load import load_cifar, source_key
+from s9_fastai.cifar.cache import source_key
+from s9_fastai.cifar.load import load_cifar
 from s9_fastai.cifar.facts import BATCHES
 from s9_fastai.core.text import shown
 from s9_fastai.cifar.png import decode_png
@@ -506,11 +508,11 @@ def serve(home, tmp_path, archive, monkeypatch):
     server = http.server.ThreadingHTTPServer(('127.0.0.1', 0), Server)
     server.done = threading.Event()
     url = f'http://127.0.0.1:{server.server_port}/cifar10.tgz'
-    monkeypatch.setattr(cifar.URLs, 'CIFAR', url)
+    monkeypatch.setattr(downloading.URLs, 'CIFAR', url)
     def start(body, head=None, status=200, wait=0, known=True):
         server.body, server.status, server.wait = body, status, wait
         server.head = {'Content-Length': len(body)} if head is None else head
-        monkeypatch.setattr(cifar, 'read_checks', lambda module: {url: path_stats(tmp_path/'right.tgz')} if known else {})
+        monkeypatch.setattr(downloading, 'read_checks', lambda module: {url: path_stats(tmp_path/'right.tgz')} if known else {})
         return url
     threading.Thread(target=server.serve_forever, args=(.01,), daemon=True).start()
     yield start
@@ -526,9 +528,9 @@ def no_download(url, tmp_path, home):
     assert list((home/'archive').iterdir()) == [] and not (home/'data').exists()
     arch.write_bytes(b'precious')
     before = snapshot(tmp_path)
-    with pytest.raises(FileNotFoundError) as e2: cifar.download()
+    with pytest.raises(FileNotFoundError) as e2: downloading.download()
     assert snapshot(tmp_path) == before and arch.read_bytes() == b'precious'
-    for o in ('S9_CIFAR10', str(home/'data'/'cifar10'), str(arch), f'the download of {url} failed (', '--data sample'):
+    for o in ('S9_CIFAR10', str(home/'data'/'cifar10'), str(arch), f'the download of {url} failed (', "or give 'sample' for"):
         assert o in str(e.value)
     assert str(e.value) == str(e2.value) and str(e.value).isprintable()
     return str(e.value).replace(url.rsplit('/', 1)[0], 'http://…')
@@ -563,7 +565,7 @@ wrong = {
 @pytest.mark.parametrize('what', wrong)
 def test_downloads(home, tmp_path, serve, archive, fault, monkeypatch, what):
     send, msg = wrong[what]
-    monkeypatch.setattr(cifar.fetch, '__defaults__', (False, .3))
+    monkeypatch.setattr(downloading.fetch, '__defaults__', (False, .3))
     url = serve(**send(archive))
     message = no_download(url, tmp_path, home)
     assert msg in message, message
@@ -575,7 +577,7 @@ def test_a_refused_download(home, tmp_path, serve, fault, monkeypatch):
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))  # a port where nobody listens
         url = f'http://127.0.0.1:{s.getsockname()[1]}/cifar10.tgz'
-        monkeypatch.setattr(cifar.URLs, 'CIFAR', url)
+        monkeypatch.setattr(downloading.URLs, 'CIFAR', url)
         message = no_download(url, tmp_path, home)
     assert 'refused' in message
     fault('download', 'a refused download', message)
@@ -587,7 +589,7 @@ def test_a_download_that_is_stopped_by_hand(home, serve, archive, monkeypatch):
         got.append(path.read_bytes())
         raise KeyboardInterrupt
     serve(archive)
-    monkeypatch.setattr(cifar, 'check_download', stop)
+    monkeypatch.setattr(downloading, 'check_download', stop)
     with pytest.raises(KeyboardInterrupt): load_cifar()
     assert list((home/'archive').iterdir()) == [] and got == [archive]
 
@@ -596,8 +598,8 @@ def test_a_download_that_is_stopped_by_hand(home, serve, archive, monkeypatch):
 def test_the_bar_of_a_download(home, serve, archive, monkeypatch, capsys, told):
     "Also where the server does not tell the length, which fastdownload's bar takes for minus one byte"
     serve(archive, head=None if told else {})
-    monkeypatch.setattr(cifar, 'show_bars', lambda progress: progress)
-    cifar.fetch(cifar.URLs.CIFAR, home.parent/'got', True)
+    monkeypatch.setattr(downloading, 'show_bars', lambda progress: progress)
+    downloading.fetch(downloading.URLs.CIFAR, home.parent/'got', True)
     out = capsys.readouterr().out
     assert (home.parent/'got').read_bytes() == archive and ('100.00%' in out) == told and len(out) < 9000
 
@@ -630,21 +632,21 @@ def test_a_damaged_entry_that_cannot_be_replaced(tiny, cache, fault, monkeypatch
     load_cifar(tiny, cache)
     entry = cache/source_key(tiny)
     (entry/'meta.json').unlink()
-    monkeypatch.setattr(cifar, 'remove_entry', lambda d: None)
+    monkeypatch.setattr(caching, 'remove_entry', lambda d: None)
     with pytest.warns(UserWarning), pytest.raises(OSError) as e: load_cifar(tiny, cache)
     assert str(e.value).endswith('and cannot be replaced; remove it, or choose another cache_dir') and entry.exists()
     fault('download', 'a damaged cache that cannot be replaced', steady(e.value))
 
 
 def test_two_processes_build_the_same_cache_at_once(tiny, tmp_path, cache, fault):
-    code = ('import sys, time, s9_fastai.cifar.load as c\nfrom pathlib import Path\n'
+    code = ('import sys, time, s9_fastai.cifar.cache as c, s9_fastai.cifar.load as load\nfrom pathlib import Path\n'
             'real = c.build_entry\n'
             'def build(*a):\n'  # both are about to write before either one does
             '    Path(sys.argv[3]).touch()\n'
             '    while not all(Path(p).exists() for p in sys.argv[3:]): time.sleep(.01)\n'
             '    real(*a)\n'
             'c.build_entry = build\n'
-            'print(c.load_cifar(*sys.argv[1:3]).key)')
+            'print(load.load_cifar(*sys.argv[1:3]).key)')
     marks, other = [str(tmp_path/'m0'), str(tmp_path/'m1')], snapshot(cache)
     ps = [subprocess.Popen([sys.executable, '-W', 'error::UserWarning', '-c', code, tiny, cache, *m], stdout=-1, stderr=-1, text=True)
           for m in (marks, marks[::-1])]
@@ -689,7 +691,7 @@ def test_the_command(tiny, tmp_path, home, fault, monkeypatch, capsys, what):
     (home/'archive').mkdir()
     path = make(tiny)
     def no_network(*a, **k): raise OSError('Network is unreachable')
-    monkeypatch.setattr(cifar, 'urlopen', no_network)
+    monkeypatch.setattr(downloading, 'urlopen', no_network)
     monkeypatch.setattr(sys, 'argv', ['s9_train', *(['--data', str(path)] if path is not None else [])])
     before = snapshot(tmp_path)
     with pytest.raises(SystemExit) as e: main_train()

@@ -38,7 +38,8 @@ from s9_fastai.app.command import plain_message
 from s9_fastai.cifar.loaders import CifarDL, cifar_block
 from s9_fastai.core.events import in_fit
 from s9_fastai.core.files import replacing
-from s9_fastai.report.plots import plot_curves, plot_misclassified
+from s9_fastai.report.mistakes import plot_misclassified
+from s9_fastai.report.plots import plot_curves
 from s9_fastai.app.learner import s9_learner
 from s9_fastai.app.recipe import get_recipe
 from s9_fastai.nets.net import Net

@@ -26,7 +26,8 @@ from torch.nn import functional as F
 
 from s9_fastai.cifar.facts import CLASSES, MEAN, STD, Cifar10, Split
 from s9_fastai.cifar.loaders import cifar_block
-from s9_fastai.report.plots import misclassified, plot_curves, plot_misclassified, read_history, save_picture, untouched
+from s9_fastai.report.mistakes import misclassified, plot_misclassified, untouched
+from s9_fastai.report.plots import plot_curves, read_history, save_picture
 from s9_fastai.app.learner import s9_learner
 from s9_fastai.test_utils import synth_split
 
@@ -315,7 +316,7 @@ colours = np.stack([ramp, ramp[::-1], ramp[:, ::-1]], -1)/2399
 def plot_one(x, monkeypatch):
     "The picture of a data set with one item, which is misclassified"
     mistake = dict(index=[0], true=['a'], predicted=['b'], prob=[.5])
-    monkeypatch.setattr('s9_fastai.report.plots.misclassified', lambda *_: pd.DataFrame(mistake))
+    monkeypatch.setattr('s9_fastai.report.mistakes.misclassified', lambda *_: pd.DataFrame(mistake))
     return plot_misclassified(SimpleNamespace(dls=[None, SimpleNamespace(dataset=[(x, 0)])]))
 
 

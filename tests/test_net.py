@@ -6,7 +6,8 @@ import pytest, torch
 from torch import nn
 from torch.nn import functional as F
 
-from s9_fastai.nets.net import ConvBlock, DepthwiseSeparableConv2d, Net, TransitionBlock, load_original, norm_layer
+from s9_fastai.nets.net import ConvBlock, DepthwiseSeparableConv2d, Net, TransitionBlock, norm_layer
+from s9_fastai.nets.original import load_original
 
 TABLE = Path(__file__).parent/'data'/'s9_model_summary.txt'
 

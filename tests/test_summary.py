@@ -13,7 +13,8 @@ from s9_fastai.cifar.facts import Cifar10, Split
 from s9_fastai.cifar.loaders import cifar_block
 from s9_fastai.app.learner import s9_learner
 from s9_fastai.nets.net import ConvBlock, Net, TransitionBlock
-from s9_fastai.report.summary import Row, Summary, summary
+from s9_fastai.report.summary import Summary, summary
+from s9_fastai.report.trace import Row
 from s9_fastai.test_utils import synth_dls, synth_model, synth_split
 
 
@@ -72,7 +73,8 @@ def test_net_totals(kw):
     assert 2*s.macs == flops(net, (3, 32, 32))
     assert s.input_bytes == 4*3*32*32 and s.param_bytes == 4*s.params
     assert s.act_bytes == 2*4*sum(torch.Size(r.shape).numel() for r in s.rows)
-    assert len(s.rows) == 55 and max(map(len, repr(s).splitlines())) <= 100
+    assert len(s.rows) == 55 and max(map(len, repr(s).splitlines())) <= 80
+    assert repr(s).split('\n')[0].split() == ['Layer', 'Type', 'Output', 'Params', 'MACs', 'Field']
 
 
 class Branches(nn.Module):

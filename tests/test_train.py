@@ -356,6 +356,7 @@ def test_ctrl_c_while_it_starts(tmp_path):
 def test_summary_prints_the_table():
     done = command('s9_summary')
     assert done.returncode == 0 and '99,912' in done.stdout and done.stderr == ''
+    assert max(map(len, done.stdout.splitlines())) <= 80
     assert command('s9_summary', '--norm', 'xx').returncode == 2
 
 

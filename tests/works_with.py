@@ -34,7 +34,7 @@ from s9_fastai.augment.batch import BatchAugment
 from s9_fastai.resume.checkpoint import Checkpoint
 from s9_fastai.cifar.facts import CLASSES
 from s9_fastai.training.distill import TeacherLogits, Distill
-from s9_fastai.report.plots import misclassified
+from s9_fastai.report.mistakes import misclassified
 from s9_fastai.training.muon import FastMuon
 from s9_fastai.training.schedule import StepLR
 from s9_fastai.report.summary import summary

@@ -18,7 +18,8 @@ from ..core.signals import Stopped
 from ..core.text import shown
 from ..core.weights import read_tensors
 from ..nets.saved import save_net
-from ..report.plots import plot_curves, plot_misclassified
+from ..report.mistakes import plot_misclassified
+from ..report.plots import plot_curves
 
 # %% ../../nbs/76_app.results.ipynb #c7835b81
 def print_epoch(
