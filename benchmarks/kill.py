@@ -106,7 +106,7 @@ def go_on(folder):
     "Resume the run in `folder`; where it went on"
     done = subprocess.run(command('--resume', folder), capture_output=True, text=True)
     if done.returncode: raise RuntimeError(f'{folder} does not go on: {done.stderr}')
-    found = re.search('going on from (.*)', done.stdout)
+    found = re.search('resuming from (.*)', done.stdout)
     return found[1] if found else 'nothing, it began anew'
 
 
