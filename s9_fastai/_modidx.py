@@ -975,6 +975,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                 's9_fastai/resume/state.py'),
                                         's9_fastai.resume.state._decode_tensor': ( 'resume.state.html#_decode_tensor',
                                                                                    's9_fastai/resume/state.py'),
+                                        's9_fastai.resume.state._encode_collection': ( 'resume.state.html#_encode_collection',
+                                                                                       's9_fastai/resume/state.py'),
                                         's9_fastai.resume.state._encode_list': ( 'resume.state.html#_encode_list',
                                                                                  's9_fastai/resume/state.py'),
                                         's9_fastai.resume.state._encode_text': ( 'resume.state.html#_encode_text',

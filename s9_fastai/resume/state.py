@@ -50,6 +50,14 @@ def _encode_list(o, tensors):
             return {'scalars': _put(torch.stack([*o]), tensors), 'as': kind}
     return {kind: [encode(v, tensors) for v in o]}
 
+# %% ../../nbs/60_resume.state.ipynb #8c0743d0
+def _encode_collection(o, tensors):
+    "`o` as its kind and the values in it; None for another type"
+    if _kind_of_list(o): return _encode_list(o, tensors)
+    if isinstance(o, Mapping): return {'dict': [[encode(v, tensors) for v in kv] for kv in o.items()]}
+    if kind := _kind_of_set(o): return {kind: [encode(v, tensors) for v in o]}
+    if isinstance(o, deque): return {'deque': [encode(v, tensors) for v in o], 'as': o.maxlen}
+
 # %% ../../nbs/60_resume.state.ipynb #9d430500
 _count = re.compile(r'count\((-?[\d.e+-]+)(?:, (-?[\d.e+-]+))?\)')
 
@@ -79,7 +87,7 @@ def _is_tensor(o):  # a parameter is the model's own, and is kept with the model
 def encode(
     o, # None, a number, text, tensor, numeric array, random generator, or a list, tuple, L, set, deque or dict of these
     tensors:list, # Gets the tensors in `o`, copied to the CPU's memory
-): # What JSON can say
+): # What JSON can represent
     "`o` for a file; a TypeError for what is neither number, text, tensor, generator nor a collection of them"
     if _is_plain(o): return o
     if isinstance(o, torch.Tensor): return {'tensor': _put(o, tensors)}
@@ -87,11 +95,7 @@ def encode(
     if _is_array(o): return {'array': _put(torch.from_numpy(o), tensors)}
     if g := o if isinstance(o, GeneratorState) else generator_state(o):
         return {'generator': [g.kind, encode(g.state, tensors)]}
-    if _kind_of_list(o): return _encode_list(o, tensors)
-    if isinstance(o, Mapping): return {'dict': [[encode(v, tensors) for v in kv] for kv in o.items()]}
-    if kind := _kind_of_set(o): return {kind: [encode(v, tensors) for v in o]}
-    if isinstance(o, deque): return {'deque': [encode(v, tensors) for v in o], 'as': o.maxlen}
-    if text := _encode_text(o): return text
+    if found := _encode_collection(o, tensors) or _encode_text(o): return found
     raise TypeError(f'{type(o).__name__} cannot be kept in a file of numbers')
 
 # %% ../../nbs/60_resume.state.ipynb #066c3f3a
