@@ -52,8 +52,8 @@ def describe_changes(
     found:dict, # From `changed_settings`
 )->str: # Empty where nothing has changed
     "All changes in one line, and each hint once"
-    last = {_hints[k]: k for k in found if k in _hints}
-    return '; '.join(f'{v} ({_hints[k]})' if k in last.values() else v for k, v in found.items())
+    first = {_hints[k]: k for k in reversed(found) if k in _hints}
+    return '; '.join(f'{v} ({_hints[k]})' if k in first.values() else v for k, v in found.items())
 
 # %% ../../nbs/68_resume.compare.ipynb #be581275
 def check_settings(
