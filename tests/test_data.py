@@ -32,7 +32,7 @@ from s9_fastai.nets.net import Net
 from s9_fastai.training.schedule import StepLR
 from s9_fastai.cifar.readers import ImageReader, LabelReader
 from s9_fastai.data.images import ImageArray
-from s9_fastai.test_utils import synth_images
+from s9_fastai.test_utils import synth_cifar
 import albumentations as A
 from albumentations.pytorch import ToTensorV2
 
@@ -42,7 +42,7 @@ light = A.Compose([A.RandomBrightnessContrast(p=1)])
 
 
 @pytest.fixture(scope='module')
-def tiny(): return Cifar10(Split(*synth_images(n_train)), Split(*synth_images(n_test, seed=1)), 'sample', 'synthetic')
+def tiny(): return synth_cifar(n_train, n_test)
 
 
 @pytest.fixture(scope='module')
@@ -178,8 +178,8 @@ def test_a_second_process_makes_the_same_batches(mk):
     code = '''import hashlib
 from s9_fastai.cifar.facts import Cifar10, Split
 from s9_fastai.cifar.loaders import cifar_block
-from s9_fastai.test_utils import synth_images
-data = Cifar10(Split(*synth_images(64)), Split(*synth_images(40, seed=1)), 'sample', 'synthetic')
+from s9_fastai.test_utils import synth_cifar
+data = synth_cifar(64, 40)
 dl = cifar_block(data).dataloaders(range(104), bs=24, seed=1, num_workers=1, device='cpu', drop_last=False).train
 print(hashlib.sha256(b''.join(x.numpy().tobytes() for _ in range(2) for x, y in dl)).hexdigest())'''
     out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], env={**os.environ, 'PYTHONHASHSEED': '7'},

@@ -156,7 +156,7 @@ def test_the_command_with_damaged_checkpoints(tmp_path, here, fault):  # noqa: F
     newest = files(tmp_path/'run')[-1]
     newest.write_bytes(newest.read_bytes()[:-1])
     code, out, err = here('--resume', tmp_path/'run', '--epochs', 2)
-    assert code == 0 and err.count('\n') == 1 and 'going on from the start' in out
+    assert code == 0 and err.count('\n') == 1 and 'resuming from the start' in out
     fault('checkpoints', 's9_train with a damaged checkpoint', err)
     assert (tmp_path/'run'/'log.txt').read_text() == (tmp_path/'whole'/'log.txt').read_text()
     a, b = (read_tensors(tmp_path/nm/'weights.safetensors')[0] for nm in ('run', 'whole'))
@@ -173,7 +173,7 @@ def test_a_checkpoint_of_another_net(run, fault):
     for what, kwargs in {'another architecture': dict(norm='gn'), 'another n_channels': dict(n_channels=8)}.items():
         recipe = get_recipe(**{**dict(n_channels=4, step_size=2, compute='plain'), **kwargs})
         fault('checkpoints', f'a checkpoint of {what}', message(ResumeError, mk(run, recipe=recipe).fit, 3))
-        with pytest.warns(UserWarning, match='goes on with changed settings'):
+        with pytest.warns(UserWarning, match='is resumed with changed settings'):
             fault('checkpoints', f'a checkpoint of {what}, forced', message(ResumeError, mk(run, recipe=recipe, force=True).fit, 3))
     assert contents(run) == before
 
@@ -226,7 +226,7 @@ def test_two_processes(tmp_path, fault, here):  # noqa: F811
     for f in (*kept, *left): f.write_bytes(b'x')
     n = newest_checkpoint(run_dir)[0]['place'].epoch
     code, out, err = here('--resume', run_dir, '--epochs', n + 1)
-    assert (code, err) == (0, '') and f'going on from the end of epoch {n}' in out
+    assert (code, err) == (0, '') and f'resuming from the end of epoch {n}' in out
     assert all(f.read_bytes() == b'x' for f in kept) and not any(f.exists() for f in left)
     assert epoch_re.sub('', (run_dir/'log.txt').read_text()) == ''
 

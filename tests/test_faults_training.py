@@ -33,7 +33,6 @@ from test_cifar import tiny_arrays, write_fastai
 
 from s9_fastai.resume.checkpoint import Checkpoint
 from s9_fastai.training.guards import FiniteLoss
-from s9_fastai.cifar.facts import Cifar10, Split
 from s9_fastai.app.command import plain_message
 from s9_fastai.cifar.loaders import CifarDL, cifar_block
 from s9_fastai.core.events import in_fit
@@ -46,7 +45,7 @@ from s9_fastai.nets.net import Net
 from s9_fastai.training.record import EpochRecorder, RunLog
 from s9_fastai.resume.saved import read_checkpoint
 from s9_fastai.core.weights import save_weights
-from s9_fastai.test_utils import synth_images
+from s9_fastai.test_utils import synth_cifar, synth_images
 from s9_fastai.app.train import main_train
 
 pytestmark = pytest.mark.skipif(sys.platform == 'win32', reason='Windows has no SIGKILL and no limit of file sizes')
@@ -57,7 +56,7 @@ nothing = 'no message: '  # for the faults that do no harm
 
 def tiny_dls(bs=10, n=40, num_workers=0, drop_last=False):
     "`n` training and 20 test images: four training batches and two of validation"
-    data = Cifar10(Split(*synth_images(n)), Split(*synth_images(20, seed=1)), 'sample', 'synthetic')
+    data = synth_cifar(n, 20)
     return cifar_block(data).dataloaders(range(n + 20), bs=bs, seed=1, num_workers=num_workers, device='cpu', drop_last=drop_last)
 
 
@@ -259,7 +258,7 @@ def test_the_command_on_a_disk_that_is_full(tmp_path, disk, fault, here):
     assert_all_is_whole(run_dir, 1)
     assert [p.name[:8] for p in (run_dir/'checkpoints').glob('*.safetensors')] == ['00-00000']
     code, out, err = here('--resume', run_dir)
-    assert (code, err) == (0, '') and 'going on from the start' in out
+    assert (code, err) == (0, '') and 'resuming from the start' in out
     assert_all_is_whole(run_dir, 1)
 
 
@@ -347,7 +346,7 @@ def test_the_command_whose_worker_is_killed(tmp_path, fault, here):
     fault('training', 's9_train whose worker is killed', no_pid(msg))
     n = (tmp_path/'run'/'log.txt').read_text().count('EPOCH')
     code, out, err = here('--resume', tmp_path/'run', '--epochs', n + 1, '--workers', 0)
-    assert (code, err) == (0, '') and f'going on from the end of epoch {n}' in out
+    assert (code, err) == (0, '') and f'resuming from the end of epoch {n}' in out
     assert_all_is_whole(tmp_path/'run', n + 1)
 
 
@@ -430,7 +429,7 @@ def test_what_is_forced_is_done(tmp_path, sched, lrs):
     then, now = (dict(step_size=2), dict(step_size=1, gamma=0.1)) if sched == 'step' else ({}, {})
     mk(tmp_path, recipe=get_recipe(**recipe, **then)).fit(1)
     learn = mk(tmp_path, recipe=get_recipe(**recipe, **now, mom=0.5, lr=0.01, wd=0.1), force=True)
-    with pytest.warns(UserWarning, match='goes on with changed settings'): learn.fit(3)
+    with pytest.warns(UserWarning, match='is resumed with changed settings'): learn.fit(3)
     np.testing.assert_allclose([o[-1] for o in learn.recorder.values], lrs)
     hypers = learn.opt.hypers[0]
     assert (hypers['mom'], hypers['wd'], learn.n_epoch) == (0.5, 0.1, 3)

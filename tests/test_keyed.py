@@ -37,7 +37,7 @@ from s9_fastai.core.generators import random_kept
 from s9_fastai.augment.keys import (ItemKey, KeyedDL, KeyedTransform, item_key, item_seed, keyed_class, make_keyed, seed_global,
                              under_key)
 from s9_fastai.cifar.readers import ImageReader, LabelReader
-from s9_fastai.test_utils import synth_images
+from s9_fastai.test_utils import synth_cifar, synth_images
 
 n_items = 40
 photos = np.random.default_rng(0).integers(0, 256, (n_items, 16, 16, 3), dtype=np.uint8)
@@ -107,7 +107,7 @@ def test_two_workers_make_the_batches_of_none(started_by):
 @pytest.mark.parametrize('started_by', ['forkserver'], indirect=True)
 def test_a_worker_has_the_data_of_cifar_block(started_by):
     "Made in memory under the name of the sample: a worker must not read the real one"
-    tiny = Cifar10(Split(*synth_images(32)), Split(*synth_images(10, seed=1)), 'sample', 'synthetic')
+    tiny = synth_cifar(32, 10)
     zero, one = (cifar_block(tiny).dataloaders(range(42), bs=8, seed=1, num_workers=w, device='cpu').train for w in (0, 1))
     assert type(one) is CifarDL and one.is_direct()
     assert equal(epochs(one, 1), epochs(zero, 1))
@@ -152,7 +152,7 @@ def test_the_cache_is_not_copied_to_a_worker(tmp_path):
 
 
 def test_loaders_of_any_kind_can_be_pickled_and_copied():
-    tiny = Cifar10(Split(*synth_images(32)), Split(*synth_images(10, seed=1)), 'sample', 'synthetic')
+    tiny = synth_cifar(32, 10)
     made = {'plain': lambda: loaders(image_block(AlbumentationsTransform(noise))).train,
             'mixed': lambda: floats(keyed_class(WeightedDL), wgts=range(20), shuffle=True, seed=1),
             'sorted': lambda: floats(keyed_class(SortedDL), sort_func=float, after_item=None, shuffle=True, seed=1),
@@ -515,7 +515,7 @@ def test_alternating_flips_of_two_transforms_are_no_pair():
 
 @pytest.mark.parametrize('num_workers', [0, 2])
 def test_two_transforms_on_the_short_cut_of_cifar(num_workers):
-    tiny = Cifar10(Split(*synth_images(32)), Split(*synth_images(10, seed=1)), 'sample', 'synthetic')
+    tiny = synth_cifar(32, 10)
     def make():
         block = cifar_block(tiny, A.Compose([A.HorizontalFlip()]))
         block.item_tfms.append(AlbumentationsTransform(noise))

@@ -57,7 +57,7 @@ from s9_fastai.training.record import EpochRecorder
 from s9_fastai.app.checked import field_kind, field_range
 from s9_fastai.app.run import option_values
 from s9_fastai.app.predict import main_predict, s9_predict
-from s9_fastai.test_utils import synth_images
+from s9_fastai.test_utils import synth_cifar, synth_images
 from s9_fastai.app.train import main_summary, main_train, s9_summary, s9_train
 import albumentations as A
 
@@ -69,7 +69,7 @@ epoch_re = re.compile(rf'EPOCH: (\d+)\nLoss=({num}) Batch_id=(\d+) Accuracy=(\d+
 
 def tiny_dls(policy='reference', bs=20, seed=1, num_workers=0, **kwargs):
     "64 training and 40 test images; four training batches, the last one partial"
-    data = Cifar10(Split(*synth_images(64)), Split(*synth_images(40, seed=1)), 'sample', 'synthetic')
+    data = synth_cifar(64, 40)
     return cifar_block(data, policy).dataloaders(
         range(104), bs=bs, seed=seed, num_workers=num_workers, device='cpu', drop_last=False, **kwargs)
 

@@ -19,19 +19,17 @@ from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.learner import Learner
 from fastai.optimizer import Adam, OptimWrapper, SGD
 from fastai.torch_core import set_seed
-from fastcore.basics import noop
 from fastcore.foundation import L
 from torch.optim.swa_utils import AveragedModel
 
 from s9_fastai.resume.checkpoint import Checkpoint
-from s9_fastai.cifar.facts import Cifar10, Split
 from s9_fastai.cifar.loaders import cifar_block
 from s9_fastai.app.learner import s9_learner
 from s9_fastai.app.recipe import get_recipe
 from s9_fastai.resume.learner import SkipTo
 from s9_fastai.resume.saved import ResumeError, Place, newest_checkpoint
 from s9_fastai.core.signals import Stopped
-from s9_fastai.test_utils import synth_dls, synth_images, synth_learner
+from s9_fastai.test_utils import quiet, synth_cifar, synth_dls, synth_learner
 
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root/'benchmarks'/'trust'))
@@ -41,7 +39,7 @@ from repeat import run_hash
 
 def tiny_dls(policy='reference', augment='item', bs=10, num_workers=0, seed=1):
     "40 training and 20 test images: 4 training batches and 2 of validation"
-    data = Cifar10(Split(*synth_images(40)), Split(*synth_images(20, seed=1)), 'sample', 'synthetic')
+    data = synth_cifar(40, 20)
     return cifar_block(data, policy, augment).dataloaders(range(60), bs=bs, seed=seed, num_workers=num_workers, device='cpu', drop_last=False)
 
 
@@ -59,12 +57,6 @@ class Break(Callback):
         if self.is_there(True): signal.raise_signal(self.send)
     def after_batch(self):
         if self.is_there(False): raise SystemError('broken off')
-
-
-def quiet(learn):
-    learn.remove_cb(ProgressCallback)
-    learn.logger = noop
-    return learn
 
 
 def plain_learner(run_dir, seed=0, dls=None, cbs=(), recipe=None, **kwargs):
@@ -294,7 +286,7 @@ def test_a_fit_that_is_killed_after_its_last_epoch(tmp_path, monkeypatch):
 def test_a_forced_fit_with_nothing_left_to_train_changes_nothing(tmp_path):
     fit3(plain_learner(tmp_path/'run'))
     files = {p: p.read_bytes() for p in (tmp_path/'run').rglob('*') if p.is_file()}
-    with pytest.warns(UserWarning, match='goes on with changed settings'): plain_learner(tmp_path/'run', force=True).fit(3, 0.2)
+    with pytest.warns(UserWarning, match='is resumed with changed settings'): plain_learner(tmp_path/'run', force=True).fit(3, 0.2)
     assert {p: p.read_bytes() for p in (tmp_path/'run').rglob('*') if p.is_file()} == files
 
 
@@ -333,7 +325,7 @@ def test_a_version_that_changed_is_named_and_refused(tmp_path, monkeypatch):
     told = module.environment()
     monkeypatch.setattr(module, 'environment', lambda: {**told, 'torch': '1.0'})
     with pytest.raises(ResumeError, match='torch was .*, is 1.0'): plain_learner(tmp_path/'run').fit(4, 0.1)
-    with pytest.warns(UserWarning, match='goes on with changed settings: torch was'): plain_learner(tmp_path/'run', force=True).fit(4, 0.1)
+    with pytest.warns(UserWarning, match='is resumed with changed settings: torch was'): plain_learner(tmp_path/'run', force=True).fit(4, 0.1)
 
 
 def test_a_display_may_change(tmp_path):

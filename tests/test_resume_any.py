@@ -13,7 +13,7 @@ import pytest
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixUp
-from fastai.callback.progress import CSVLogger, ProgressCallback
+from fastai.callback.progress import CSVLogger
 from fastai.data.core import DataLoaders, Datasets, TfmdLists
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
@@ -23,7 +23,6 @@ from fastai.optimizer import Adam, OptimWrapper, SGD
 from fastai.torch_core import TensorCategory, set_seed
 from fastai.vision.augment import aug_transforms
 from fastai.vision.core import TensorImage
-from fastcore.basics import noop
 from fasttransform import Pipeline, Transform
 from torch import nn
 from torch.utils.data import IterableDataset, RandomSampler, TensorDataset, WeightedRandomSampler
@@ -31,7 +30,7 @@ from torch.utils.data import IterableDataset, RandomSampler, TensorDataset, Weig
 from s9_fastai.resume.checkpoint import Checkpoint
 from s9_fastai.augment.keys import KeyedDL
 from s9_fastai.resume.saved import ResumeError
-from s9_fastai.test_utils import synth_dls, synth_groups, synth_learner, synth_model
+from s9_fastai.test_utils import quiet, synth_dls, synth_groups, synth_learner, synth_model
 
 EPOCHS = 3
 
@@ -41,12 +40,6 @@ class Break(Callback):
     order, epoch_ = 900, None
     def after_epoch(self):
         if self.epoch == self.epoch_ and not self.lock.locked(): raise SystemError('broken off')
-
-
-def quiet(learn):
-    learn.remove_cb(ProgressCallback)
-    learn.logger = noop
-    return learn
 
 
 def weights(learn): return torch.cat([v.detach().double().flatten() for v in learn.model.state_dict().values() if isinstance(v, torch.Tensor)])
@@ -307,7 +300,7 @@ def test_what_cannot_be_kept_is_named_once_and_refused(tmp_path):
     with pytest.warns(UserWarning, match=r'lost\.lines changed in this fit and cannot be saved') as found: fit(make, tmp_path, 0, 2)
     assert len([o for o in found if 'cannot be saved' in str(o.message)]) == 1
     with pytest.raises(ResumeError, match=r'lost\.lines had changed and could not be saved, .*give its class state_dict and load_state_dict, or the attribute to not_saved'): fit(make, tmp_path, 1)
-    with pytest.warns(UserWarning, match='lost.lines had changed .* goes on without'): fit(make, tmp_path, 1, force=True)
+    with pytest.warns(UserWarning, match='lost.lines had changed .* is resumed without'): fit(make, tmp_path, 1, force=True)
 
 
 def test_the_remedies_for_what_cannot_be_kept(tmp_path):

@@ -143,7 +143,7 @@ def test_a_resume_with_another_schedule_is_refused_or_forced(mk, tmp_path, chang
     mk(StepLR(**kwargs), Checkpoint(tmp_path/'run')).fit(2, 0.1)
     with pytest.raises(ResumeError, match='callback step_lr was .*, is '): mk(StepLR(**now), Checkpoint(tmp_path/'run')).fit(8, 0.1)
     learn = mk(StepLR(**now), Checkpoint(tmp_path/'run', force=True))
-    with pytest.warns(UserWarning, match='goes on with changed settings'): learn.fit(8, 0.1)
+    with pytest.warns(UserWarning, match='is resumed with changed settings'): learn.fit(8, 0.1)
     assert learn.recorder.hps['lr'][-1] == torch_warm_rates([0.1], 8, **now)[-1][0]
 
 

@@ -236,7 +236,7 @@ def result(folder):
 
 def test_more_epochs_are_those_of_the_longer_run(runs, two):
     done = command('s9_train', '--resume', two, '--epochs', 3)
-    assert (done.returncode, done.stderr) == (0, '') and 'going on from the end of epoch 2' in done.stdout
+    assert (done.returncode, done.stderr) == (0, '') and 'resuming from the end of epoch 2' in done.stdout
     assert '\nepoch   3  ' in done.stdout and 'epoch   2  ' not in done.stdout and 'after 3 epochs; guessing one of 10' in done.stdout
     assert result(two) == result(runs/'3') and result(two)['recipe']['epochs'] == 3
 
@@ -279,7 +279,7 @@ def test_a_change_is_refused_or_forced_with_a_warning(runs, two):
     assert done.stderr == (f's9_train: {two}: settings have changed since the run stopped: lr was 0.05, is 0.1. Set them back, start a new run, or add --force '
                            'and get a result of both (see s9_train --help)\n')
     done = command('s9_train', '--resume', two, '--lr', 0.1, '--epochs', 3, '--force')
-    assert done.returncode == 0 and done.stderr.count('\n') == 1 and done.stderr.startswith(f's9_train: {two} goes on with changed settings: ')
+    assert done.returncode == 0 and done.stderr.count('\n') == 1 and done.stderr.startswith(f's9_train: {two} is resumed with changed settings: ')
     told, rates = result(two)['recipe'], [h['lr'] for h in result(two)['history']]
     assert (told['epochs'], told['lr'], rates) == (3, 0.1, [0.05, 0.05, 0.1])
 

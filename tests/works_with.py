@@ -21,9 +21,7 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback, CancelFitException
-from fastai.callback.progress import ProgressCallback
 from fastai.torch_core import norm_bias_params
-from fastcore.basics import noop
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -38,6 +36,7 @@ from s9_fastai.report.mistakes import misclassified
 from s9_fastai.training.muon import FastMuon
 from s9_fastai.training.schedule import StepLR
 from s9_fastai.report.summary import summary
+from s9_fastai.test_utils import quiet
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 from works_with_learners import LEARNERS, classes, make, n_train
@@ -75,12 +74,6 @@ def run(part, learner):
 
 
 # --- what the checks share
-
-def quiet(learn):
-    learn.remove_cb(ProgressCallback)
-    learn.logger = noop
-    return learn
-
 
 def new(learner, **kwargs): return quiet(make(learner, **kwargs))
 

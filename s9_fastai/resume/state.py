@@ -45,11 +45,18 @@ def _encode_list(o, tensors):
     if len(o) > 9 and types == {float}: return {'floats': _put(torch.from_numpy(np.array(o)), tensors), 'as': kind}
     if len(o) > 9 and types == {int} and -2**63 <= min(o) and max(o) < 2**63:
         return {'ints': _put(torch.tensor([*o]), tensors), 'as': kind}
-    # each look at a fastai tensor takes microseconds otherwise, and after 100 epochs there are 39,100
     with torch._C.DisableTorchFunctionSubclass():
         if len(o) > 9 and _are_tensors(types) and {(v.ndim, v.dtype) for v in o} == {(0, o[0].dtype)}:
             return {'scalars': _put(torch.stack([*o]), tensors), 'as': kind}
     return {kind: [encode(v, tensors) for v in o]}
+
+# %% ../../nbs/60_resume.state.ipynb #8c0743d0
+def _encode_collection(o, tensors):
+    "`o` as its kind and the values in it; None for another type"
+    if _kind_of_list(o): return _encode_list(o, tensors)
+    if isinstance(o, Mapping): return {'dict': [[encode(v, tensors) for v in kv] for kv in o.items()]}
+    if kind := _kind_of_set(o): return {kind: [encode(v, tensors) for v in o]}
+    if isinstance(o, deque): return {'deque': [encode(v, tensors) for v in o], 'as': o.maxlen}
 
 # %% ../../nbs/60_resume.state.ipynb #9d430500
 _count = re.compile(r'count\((-?[\d.e+-]+)(?:, (-?[\d.e+-]+))?\)')
@@ -80,7 +87,7 @@ def _is_tensor(o):  # a parameter is the model's own, and is kept with the model
 def encode(
     o, # None, a number, text, tensor, numeric array, random generator, or a list, tuple, L, set, deque or dict of these
     tensors:list, # Gets the tensors in `o`, copied to the CPU's memory
-): # What JSON can say
+): # What JSON can represent
     "`o` for a file; a TypeError for what is neither number, text, tensor, generator nor a collection of them"
     if _is_plain(o): return o
     if isinstance(o, torch.Tensor): return {'tensor': _put(o, tensors)}
@@ -88,34 +95,31 @@ def encode(
     if _is_array(o): return {'array': _put(torch.from_numpy(o), tensors)}
     if g := o if isinstance(o, GeneratorState) else generator_state(o):
         return {'generator': [g.kind, encode(g.state, tensors)]}
-    if _kind_of_list(o): return _encode_list(o, tensors)
-    if isinstance(o, Mapping): return {'dict': [[encode(v, tensors) for v in kv] for kv in o.items()]}
-    if kind := _kind_of_set(o): return {kind: [encode(v, tensors) for v in o]}
-    if isinstance(o, deque): return {'deque': [encode(v, tensors) for v in o], 'as': o.maxlen}
-    if text := _encode_text(o): return text
+    if found := _encode_collection(o, tensors) or _encode_text(o): return found
     raise TypeError(f'{type(o).__name__} cannot be kept in a file of numbers')
 
 # %% ../../nbs/60_resume.state.ipynb #066c3f3a
 def can_encode(
     o, # Anything
 )->bool:
-    "Does `encode` take `o`? Nothing is copied to find out; a parameter is no part of a state, since its model has it"
+    "Does `encode` take `o`? A parameter is no part of a state, since it is saved with its model"
     if _is_plain(o) or _is_tensor(o) or _is_array(o): return True
     if isinstance(o, np.generic): return o.dtype.kind in 'biufc'
     if is_collection(o):
-        types = set(map(type, o))  # a look at each of many numbers takes its time
+        types = set(map(type, o))
         return types <= {bool, int, float, str} or _are_tensors(types) or all(map(can_encode, o))
     if isinstance(o, Mapping): return all(can_encode(v) for kv in o.items() for v in kv)
     return bool(_encode_text(o) or generator_state(o))
 
 # %% ../../nbs/60_resume.state.ipynb #7d881179
 def _take(tensors, i):
-    "Tensor `i`, once: a small file cannot fill the memory with a thousand lists of the same numbers"
+    "Tensor `i`, which can be taken once"
     if type(i) is not int or not 0 <= i < len(tensors) or tensors[i] is None:
         raise ValueError(f'tensor {i!r} is not there, or in two places')
     t, tensors[i] = tensors[i], None
     return t
 
+# %% ../../nbs/60_resume.state.ipynb #2974926e
 def _decode_all(os, tensors): return [_decode(x, tensors) for x in os]
 
 def _decode_tensor(kind, t, rest):
@@ -136,30 +140,32 @@ def _decode(o, tensors):
     if kind == 'generator': return GeneratorState(v[0], _decode(v[1], tensors))
     raise ValueError(f'{kind!r} is no kind of value')
 
+# %% ../../nbs/60_resume.state.ipynb #37650656
 def decode(
     o, # From `encode`
     tensors:list, # As `encode` left them; used up
 ): # The value
-    "What `encode` was given, a `GeneratorState` for a generator; a ValueError for what it could not have made"
+    "The value that was encoded, a `GeneratorState` for a generator; a ValueError for what `encode` could not have made"
     try: return _decode(o, tensors)
     except (AttributeError, ArithmeticError, LookupError, TypeError, RuntimeError) as e:  # also RecursionError
         raise ValueError(f'not what `encode` makes: {type(e).__name__}: {e}') from e
 
 # %% ../../nbs/60_resume.state.ipynb #3dc820c0
 def write_state(
-    path, # A .safetensors file, replaced as a whole
+    path, # A .safetensors file, replaced as a whole; OSError as `naming`
     state, # What `encode` takes
 ):
-    "Write any `state` that `encode` takes; an OSError as `naming`"
+    "Write any `state` that `encode` takes"
     tensors = []
     text = json.dumps(encode(state, tensors)).encode()
     write_tensors(path, {'json': torch.frombuffer(bytearray(text), dtype=torch.uint8),
                          **{str(i): t for i, t in enumerate(tensors)}})
 
+# %% ../../nbs/60_resume.state.ipynb #7da93949
 def read_state(
-    path, # From `write_state`
+    path, # From `write_state`; errors as `read_tensors`
 ): # The state
-    "What `write_state` was given; errors as `read_tensors`"
+    "The state that `write_state` has written"
     tensors, _ = read_tensors(path, need_checksum=True)
     try:
         o = json.loads(tensors.pop('json').numpy().tobytes())
