@@ -14,7 +14,7 @@ import torch
 from fastai.data.core import DataLoaders
 from fastai.losses import CrossEntropyLossFlat
 
-from ..augment.policies import AUGMENTS, POLICIES, augmentation
+from ..augment.policies import AUGMENTS, POLICIES, check_augmentation
 from ..cifar.loaders import cifar_dls
 from ..core.text import listed
 from ..nets.net import NORMS, Net
@@ -71,7 +71,7 @@ class Recipe:
         for nm, ok in _names.items():
             if (v := getattr(self, nm)) not in ok:
                 raise ValueError(f'{nm} is {v!r}, but must be {" or ".join(map(repr, ok))}')
-        augmentation(self.policy, self.augment), self._check_rate(*self.scheduler())
+        check_augmentation(self.policy, self.augment), self._check_rate(*self.scheduler())
         with torch.device('meta'): self.net()  # looks at the arguments, makes no weights and draws no random number
 
     def _check(self, f, v):

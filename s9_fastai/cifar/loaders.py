@@ -20,7 +20,7 @@ from fastcore.meta import delegates
 from fasttransform.transform import compose_tfms
 
 from ..core.environment import get_device
-from .facts import CLASSES, MEAN, STD, Cifar10
+from .facts import CLASSES, MEAN, SIZE, STD, Cifar10
 from .load import load_cifar
 from ..augment.item import AlbumentationsTransform
 from ..augment.batch import BatchAugment
@@ -86,7 +86,7 @@ def cifar_block(
     **kwargs
 )->DataBlock: # Its source: indices into `data`, without the test images if some are held out
     "The `DataBlock` of CIFAR-10: training images go through `augmentation`, the test images are the validation set"
-    tfm = augmentation(*args, **kwargs)
+    tfm = augmentation(*args, size=SIZE, mean=MEAN, **kwargs)
     on_items = isinstance(tfm, AlbumentationsTransform)
     n, total = len(data.train.labels), len(data.train.labels) + len(data.test.labels)
     valid = hold_out(data.train.labels, held_out) if held_out else range(n, total)
@@ -125,7 +125,7 @@ def cifar_dls(
         items, bs=bs, seed=seed, num_workers=num_workers, device=device, drop_last=False)
     # so that a run can say what it was trained on, and a teacher whether it has seen what validates
     dls.data_source, dls.data_key, dls.held_out = data.source, data.key, held_out
-    of_tfm = signature(augmentation).bind(**kwargs)
+    of_tfm = signature(augmentation).bind_partial(**kwargs)
     of_tfm.apply_defaults()
     dls.made_with = dict(bs=bs, held_out=held_out, **of_tfm.arguments)  # a recipe may ask for something else
     return dls
