@@ -19,10 +19,10 @@ from torch import nn
 
 from s9_fastai.augment.item import AlbumentationsTransform, SubpixelAffine
 from s9_fastai.augment.policies import POLICIES, get_policy
-from s9_fastai.augment.batch import BatchAugment, read_policy, uniforms
+from s9_fastai.augment.batch import BatchAugment, read_policy
 from s9_fastai.cifar.load import load_cifar
 from s9_fastai.cifar.facts import MEAN, SIZE, STD
-from s9_fastai.augment.keys import item_key, item_keys, item_seed, mix64
+from s9_fastai.augment.keys import item_key, item_keys, item_seed, mix64, uniforms
 import albumentations as A
 
 n_draws = 20_000

@@ -24,7 +24,8 @@ from .facts import CLASSES, MEAN, SIZE, STD, Cifar10
 from .load import load_cifar
 from ..augment.item import AlbumentationsTransform
 from ..augment.batch import BatchAugment
-from ..augment.keys import KeyedDL, item_seed, under_key
+from ..augment.keyed import KeyedDL
+from ..augment.keys import item_seed, under_key
 from .readers import ImageReader, LabelReader
 from ..data.loader import RowNormalize, hold_out
 from ..augment.policies import augmentation

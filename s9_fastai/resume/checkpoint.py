@@ -19,7 +19,7 @@ from filelock import FileLock, Timeout
 from torch.nn.parameter import is_lazy
 
 from .changed import FitChanges, fit_roots, in_workers, init_params, put_changes
-from ..augment.keys import KeyedDL
+from ..augment.keyed import KeyedDL
 from ..core.environment import changes
 from ..core.files import naming, remove_leftovers
 from ..core.events import in_fit

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
 
-from ..augment.keys import KeyedDL
+from ..augment.keyed import KeyedDL
 from ..core.text import read_errors, shown
 from ..core.events import in_fit
 from ..core.weights import checksum, read_tensors, write_tensors
