@@ -158,6 +158,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   's9_fastai/augment/batch.py')},
             's9_fastai.augment.batch_ops': { 's9_fastai.augment.batch_ops.BatchAffine': ( 'augment.batch_ops.html#batchaffine',
                                                                                           's9_fastai/augment/batch_ops.py'),
+                                             's9_fastai.augment.batch_ops.BatchAffine._sampled': ( 'augment.batch_ops.html#batchaffine._sampled',
+                                                                                                   's9_fastai/augment/batch_ops.py'),
                                              's9_fastai.augment.batch_ops.BatchAffine.apply': ( 'augment.batch_ops.html#batchaffine.apply',
                                                                                                 's9_fastai/augment/batch_ops.py'),
                                              's9_fastai.augment.batch_ops.BatchAffine.draw': ( 'augment.batch_ops.html#batchaffine.draw',

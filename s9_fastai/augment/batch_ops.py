@@ -10,20 +10,24 @@ from dataclasses import dataclass
 
 import numpy as np, torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 
 # %% ../../nbs/11_augment.batch_ops.ipynb #c59df2d6
 def _between(u, lo, hi):
     "Whole numbers from `lo` to `hi`, both included"
     return lo + np.floor(u*(hi - lo + 1)).astype(np.int64)
 
+# %% ../../nbs/11_augment.batch_ops.ipynb #6da2ac4c
 def _words(x):
     "uint8 (..., n), contiguous, as 64-bit words (..., n/8) if `n` allows"
     return x.view(torch.int64) if x.shape[-1] % 8 == 0 else x
 
+# %% ../../nbs/11_augment.batch_ops.ipynb #c1316e2a
 def _beside(x, a, dtype=None):
     "The array `a` as a tensor on the device of `x`"
     return torch.from_numpy(a if dtype is None else a.astype(dtype)).to(x.device)
 
+# %% ../../nbs/11_augment.batch_ops.ipynb #28d020b4
 def _colour(fill, c):
     "`fill` as an array (C,)"
     if np.ndim(fill) and len(fill) != c:
@@ -75,7 +79,6 @@ class BatchFlip(BatchOp):
     def apply(self, x): return x.flip(2 if self.axis == 'horizontal' else 1)
 
 # %% ../../nbs/11_augment.batch_ops.ipynb #f79f3afd
-_padding = {'constant': 'zeros', 'replicate': 'border', 'reflect_101': 'reflection'}  # OpenCV's word: torch's
 @dataclass(frozen=True)
 class BatchAffine(BatchOp):
     "Scales and turns images about their middle, then shifts them; bilinear"
@@ -97,22 +100,30 @@ class BatchAffine(BatchOp):
         if self.unit == 'px': shift = _between(u[:, 2:4], lo[2:4], hi[2:4])
         return dict(scale=scale, shift=np.trunc(shift) if self.unit == 'whole' else shift, rotate=v[:, 4])
 
-    def grid(self, h, w, scale, shift, rotate):
-        "Where pixels are looked up, -1 to 1: the sum of a part for columns (2, B, W) and one for rows (2, B, H)"
-        cos, sin = np.cos(np.deg2rad(rotate)), np.sin(np.deg2rad(rotate))
-        kx, ky = 2/(scale.T*np.maximum([[w - 1], [h - 1]], 1))
-        dx, dy = np.arange(w) - (w - 1)/2 - shift[:, :1], np.arange(h) - (h - 1)/2 - shift[:, 1:]
-        return np.stack([cos*kx, sin*ky])[..., None]*dx, np.stack([-sin*kx, cos*ky])[..., None]*dy
+    def apply(self, x, scale, shift, rotate): return self._sampled(x, *self.grid(*x.shape[1:3], scale, shift, rotate))
 
-    def apply(self, x, scale, shift, rotate):
-        cols, rows = (_beside(x, o, np.float32) for o in self.grid(*x.shape[1:3], scale, shift, rotate))
-        grid = (cols[:, :, None] + rows[..., None]).permute(1, 2, 3, 0)  # (B, H, W, 2)
-        # torch's constant border is 0: a fill is taken off and put back
-        fill = _beside(x, _colour(self.fill, x.shape[3]), np.float32) if self.border == 'constant' else None
-        out = (x.float() if fill is None else x - fill).permute(0, 3, 1, 2)  # (B, C, H, W)
-        out = F.grid_sample(out, grid, padding_mode=_padding[self.border], align_corners=True)
-        out = out.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
-        return (out if fill is None else out + fill).round_().to(torch.uint8)
+# %% ../../nbs/11_augment.batch_ops.ipynb #51d9ea18
+@patch
+def grid(self:BatchAffine, h, w, scale, shift, rotate):
+    "Where pixels are looked up, -1 to 1: the sum of a part for columns (2, B, W) and one for rows (2, B, H)"
+    cos, sin = np.cos(np.deg2rad(rotate)), np.sin(np.deg2rad(rotate))
+    kx, ky = 2/(scale.T*np.maximum([[w - 1], [h - 1]], 1))
+    dx, dy = np.arange(w) - (w - 1)/2 - shift[:, :1], np.arange(h) - (h - 1)/2 - shift[:, 1:]
+    return np.stack([cos*kx, sin*ky])[..., None]*dx, np.stack([-sin*kx, cos*ky])[..., None]*dy
+
+# %% ../../nbs/11_augment.batch_ops.ipynb #5a4f49c2
+_padding = {'constant': 'zeros', 'replicate': 'border', 'reflect_101': 'reflection'}  # OpenCV's word: torch's
+
+@patch
+def _sampled(self:BatchAffine, x, cols, rows):
+    "The images `x` at the places that `grid` gave"
+    cols, rows = (_beside(x, o, np.float32) for o in (cols, rows))
+    grid = (cols[:, :, None] + rows[..., None]).permute(1, 2, 3, 0)  # (B, H, W, 2)
+    fill = _beside(x, _colour(self.fill, x.shape[3]), np.float32) if self.border == 'constant' else None
+    out = (x.float() if fill is None else x - fill).permute(0, 3, 1, 2)  # (B, C, H, W)
+    out = F.grid_sample(out, grid, padding_mode=_padding[self.border], align_corners=True)
+    out = out.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
+    return (out if fill is None else out + fill).round_().to(torch.uint8)
 
 # %% ../../nbs/11_augment.batch_ops.ipynb #03e8976a
 @dataclass(frozen=True)
@@ -230,7 +241,6 @@ class BatchPad(BatchOp):
         rows, cols = self._source(h, top, height), self._source(w, left, width)
         x, out = x.index_select(1, _beside(x, rows)), x.new_empty(len(x), height, width, x.shape[3])
         out[:, :, left:left+w] = x
-        # a border is thin: column by column is 4 times faster than any indexing of single pixels
         for i in (*range(left), *range(left + w, width)): out[:, :, i] = x[:, :, cols[i]]
         return out
 
