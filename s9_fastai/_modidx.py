@@ -184,6 +184,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              's9_fastai/augment/batch_ops.py'),
                                              's9_fastai.augment.batch_ops.BatchDropout': ( 'augment.batch_ops.html#batchdropout',
                                                                                            's9_fastai/augment/batch_ops.py'),
+                                             's9_fastai.augment.batch_ops.BatchDropout._cut': ( 'augment.batch_ops.html#batchdropout._cut',
+                                                                                                's9_fastai/augment/batch_ops.py'),
                                              's9_fastai.augment.batch_ops.BatchDropout._side': ( 'augment.batch_ops.html#batchdropout._side',
                                                                                                  's9_fastai/augment/batch_ops.py'),
                                              's9_fastai.augment.batch_ops.BatchDropout.apply': ( 'augment.batch_ops.html#batchdropout.apply',

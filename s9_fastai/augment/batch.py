@@ -133,7 +133,7 @@ def _batch_advice(x):
     if x.shape[1] > 4 and x.shape[3] in (1, 3, 4): return 'use x.permute(0, 3, 1, 2)'
     if x.dtype != torch.uint8: return f'put it among the batch_tfms, before IntToFloatTensor, or, {uint8_advice(x)}'
 
-# %% ../../nbs/15_augment.batch.ipynb #949dcb7d
+# %% ../../nbs/15_augment.batch.ipynb #275cc4a4
 def _checked_ops(ops):
     ops = tuple(ops) if isinstance(ops, Iterable) else (ops,)
     for o in ops:
@@ -141,6 +141,7 @@ def _checked_ops(ops):
         raise TypeError(f'{type(o).__name__} is no BatchOp: give BatchAugment.from_compose(A.Compose([...]))')
     return ops
 
+# %% ../../nbs/15_augment.batch.ipynb #949dcb7d
 class BatchAugment(KeyedTransform, Transform):
     "`ops` on training batches of uint8 images, drawn afresh for each image in each epoch"
     split_idx, order = 0, 5  # training only; before IntToFloatTensor (10)

@@ -58,14 +58,16 @@ class BatchOp:
         "Height and width after the op"
         return h, w
 
-    def to_rows(self, x, rows, **par):
-        "`x` with the images of numbers `rows` changed, one row of `par` each; may write into `x`"
-        if len(rows) == len(x): return self.apply(x, **par)
-        if not len(rows): return x
-        rows = _beside(x, rows)
-        new = self.apply(x.index_select(0, rows), **par)
-        _words(x.view(len(x), -1))[rows] = _words(new.view(len(rows), -1))
-        return x
+# %% ../../nbs/11_augment.batch_ops.ipynb #80885f98
+@patch
+def to_rows(self:BatchOp, x, rows, **par):
+    "`x` with the images of numbers `rows` changed, one row of `par` each; may write into `x`"
+    if len(rows) == len(x): return self.apply(x, **par)
+    if not len(rows): return x
+    rows = _beside(x, rows)
+    new = self.apply(x.index_select(0, rows), **par)
+    _words(x.view(len(x), -1))[rows] = _words(new.view(len(rows), -1))
+    return x
 
 # %% ../../nbs/11_augment.batch_ops.ipynb #befc4e4b
 @dataclass(frozen=True)
@@ -145,26 +147,33 @@ class BatchDropout(BatchOp):
         there = np.arange(self.holes[1]) < _between(u[:, :1], *self.holes)
         return dict(holes=np.stack([x, y, x + width, y + height], -1)*there[..., None])  # (B, holes, 4)
 
-    def _side(self, u, ends, side):
-        lo, hi = ends
-        if hi < 1: return (side*(lo + (hi - lo)*u)).astype(np.int64)
-        if lo > side: raise ValueError(f'a hole has {lo} pixels or more, but the images {side}: give smaller holes')
-        return _between(u, int(lo), int(min(hi, side)))
-
     def apply(self, x,
         holes:np.ndarray, # int (B, holes, 4): left, top, right, bottom, the last two just outside; 0 width: no hole
-    ):
-        b, h, w, c = x.shape
-        words, hole = _words(x.reshape(b, h, w*c)), 0
-        for left, top, right, bottom in holes.transpose(1, 2, 0)[..., None]:  # (B, 1) each
-            xs, ys = np.arange(w*c)//c, np.arange(h)
-            cols = _beside(x, np.uint8(255)*((xs >= left) & (xs < right)))  # (B, W*C)
-            rows = _beside(x, (ys >= top) & (ys < bottom))  # (B, H)
-            hole = (_words(cols)[:, None] & -rows.to(words.dtype)[..., None]) | hole  # all bits set inside
-        fill = _beside(x, np.tile(_colour(self.fill, c), w), np.uint8)  # (W*C,)
-        # the bits in which image and fill differ, only inside, turn one into the other
-        out = (words ^ _words(fill)).bitwise_and_(hole).bitwise_xor_(words)
-        return out.view(torch.uint8).view(b, h, w, c)
+    ): return self._cut(x, holes)
+
+# %% ../../nbs/11_augment.batch_ops.ipynb #525ed915
+@patch
+def _side(self:BatchDropout, u, ends, side):
+    "Lengths of holes, pixels, for the uniform numbers `u`"
+    lo, hi = ends
+    if hi < 1: return (side*(lo + (hi - lo)*u)).astype(np.int64)
+    if lo > side: raise ValueError(f'a hole has {lo} pixels or more, but the images {side}: give smaller holes')
+    return _between(u, int(lo), int(min(hi, side)))
+
+# %% ../../nbs/11_augment.batch_ops.ipynb #387f9315
+@patch
+def _cut(self:BatchDropout, x, holes):
+    "The images `x` with their `holes` filled"
+    b, h, w, c = x.shape
+    words, hole = _words(x.reshape(b, h, w*c)), 0
+    for left, top, right, bottom in holes.transpose(1, 2, 0)[..., None]:  # (B, 1) each
+        xs, ys = np.arange(w*c)//c, np.arange(h)
+        cols = _beside(x, np.uint8(255)*((xs >= left) & (xs < right)))  # (B, W*C)
+        rows = _beside(x, (ys >= top) & (ys < bottom))  # (B, H)
+        hole = (_words(cols)[:, None] & -rows.to(words.dtype)[..., None]) | hole  # all bits set inside
+    fill = _beside(x, np.tile(_colour(self.fill, c), w), np.uint8)  # (W*C,)
+    out = (words ^ _words(fill)).bitwise_and_(hole).bitwise_xor_(words)
+    return out.view(torch.uint8).view(b, h, w, c)
 
 # %% ../../nbs/11_augment.batch_ops.ipynb #ea1159d3
 @dataclass(frozen=True)
@@ -244,9 +253,11 @@ class BatchPad(BatchOp):
         for i in (*range(left), *range(left + w, width)): out[:, :, i] = x[:, :, cols[i]]
         return out
 
-    def _source(self, n, before, size):
-        "For each of `size` places the one of `n` it is a copy of"
-        i = np.arange(size) - before
-        if self.border == 'replicate': return i.clip(0, n - 1)
-        i = i % max(2*n - 2, 1)  # there and back, the ends once
-        return np.minimum(i, 2*n - 2 - i)
+# %% ../../nbs/11_augment.batch_ops.ipynb #6e300929
+@patch
+def _source(self:BatchPad, n, before, size):
+    "For each of `size` places the one of `n` it is a copy of"
+    i = np.arange(size) - before
+    if self.border == 'replicate': return i.clip(0, n - 1)
+    i = i % max(2*n - 2, 1)
+    return np.minimum(i, 2*n - 2 - i)

@@ -100,7 +100,7 @@ def check_targets(
 
 # %% ../../nbs/13_augment.pipelines.ipynb #1e17cedc
 def _scaling(pipe):
-    "What scales pixels in `pipe`, in order, without a `ToFloat` that is undone; ValueError if it is for some images only"
+    "What scales pixels in `pipe`, in order, without a `ToFloat` that is undone; ValueError if it is not for all images"
     found = []
     for t, always in transforms_in(pipe):
         if not isinstance(t, (A.Normalize, A.ToFloat, A.FromFloat)): continue
