@@ -29,7 +29,7 @@ _borders = {cv2.BORDER_CONSTANT: 'constant', cv2.BORDER_REPLICATE: 'replicate',
             cv2.BORDER_REFLECT_101: 'reflect_101'}
 
 def _need(t, arg, ok, allowed, remedy=_remedy):
-    "ValueError unless `ok`, which says whether `arg` of the transform `t` is one of the `allowed`"
+    "ValueError unless `ok`: is `arg` of the transform `t` one of the `allowed`?"
     if not ok:
         raise ValueError(f'{type(t).__name__}: {arg} is {getattr(t, arg)!r}, but on whole batches it must be '
                          f'{allowed}: {remedy}')

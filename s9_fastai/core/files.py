@@ -13,7 +13,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 # %% ../../nbs/01_core.files.ipynb #1590d6eb
-class CannotWrite(OSError): "A file that cannot be written; the message says why and what to do"
+class CannotWrite(OSError): "A file that cannot be written; the message has the reason and the remedy"
 
 # %% ../../nbs/01_core.files.ipynb #cfed2960
 @contextmanager
