@@ -2,6 +2,7 @@
 from s9_fastai.core.environment import *
 from s9_fastai.core.weights import *
 from s9_fastai.augment.keys import *
+from s9_fastai.augment.keyed import *
 from s9_fastai.augment.pixels import *
 from s9_fastai.augment.pipelines import *
 from s9_fastai.augment.item import *

@@ -20,7 +20,7 @@ from s9_fastai.augment.policies import POLICIES, get_policy
 from s9_fastai.augment.batch import BatchAugment, read_policy
 from s9_fastai.cifar.load import load_cifar
 from s9_fastai.cifar.loaders import cifar_block
-from s9_fastai.cifar.facts import MEAN, STD
+from s9_fastai.cifar.facts import MEAN, SIZE, STD
 from s9_fastai.augment.keys import item_keys
 from s9_fastai.augment.pipelines import check_pipeline
 from s9_fastai.cifar.readers import ImageReader
@@ -511,7 +511,7 @@ def test_sizes_of_batches():
         new = BatchAugment.from_compose(A.Compose([A.RandomCrop(8, 12)]))
         (x, _), (v, _) = batch_of(image_block(item_tfms=resize, batch_tfms=new))
         assert x.shape == v.shape == (8, 3, 8, 12)
-        BatchAugment.from_compose(get_policy('flip_crop'))(TensorImage(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)), split_idx=0)
+        BatchAugment.from_compose(get_policy('flip_crop', SIZE, MEAN))(TensorImage(torch.zeros(2, 3, 32, 32, dtype=torch.uint8)), split_idx=0)
 
 
 def test_images_of_many_sizes_in_a_batch(sample):
@@ -523,9 +523,9 @@ def test_images_of_many_sizes_in_a_batch(sample):
 
 
 def test_policies_that_are_named():
-    with pytest.raises(ValueError, match='must be one of ') as e: get_policy('flipcrop')
+    with pytest.raises(ValueError, match='must be one of ') as e: get_policy('flipcrop', SIZE, MEAN)
     named = re.search('must be one of (.+)', str(e.value))[1].split(', ')
-    assert named == [*POLICIES] and all(isinstance(get_policy(o), A.Compose) for o in named)
+    assert named == [*POLICIES] and all(isinstance(get_policy(o, SIZE, MEAN), A.Compose) for o in named)
 
 
 # --- whole batches; `test_batch_augment` augments item by item what has no twin

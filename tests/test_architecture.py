@@ -46,7 +46,7 @@ def imports(code, name=''):
 
 WINGS = ('core', 'augment', 'data', 'nets', 'report', 'cifar', 'training', 'resume', 'app')
 MAY_IMPORT = {'core': (), 'augment': ('core',), 'data': ('core', 'augment'), 'nets': ('core',), 'report': ('core',), 'cifar': ('core', 'augment', 'data'),
-              'training': ('core', 'augment.keys', 'data'), 'resume': ('core', 'augment.keys', 'data.loader', 'training'), 'app': WINGS}
+              'training': ('core', 'augment.keyed', 'data'), 'resume': ('core', 'augment.keyed', 'data.loader', 'training'), 'app': WINGS}
 by_name = {name_of(m): m.read_text(encoding='utf-8') for m in modules}
 edges = {nm: imports(code, nm) for nm, code in by_name.items()}
 outside = {nm: {n.split('.')[0] for node in ast.walk(ast.parse(code)) if isinstance(node, (ast.Import, ast.ImportFrom)) and not getattr(node, 'level', 0)
@@ -62,7 +62,7 @@ def test_there_is_something_to_check(): assert len(modules) > 50 and len(noteboo
 
 @pytest.mark.parametrize('code, name, there', [
     ('from s9_fastai.core.text import shown', '', {'core.text'}), ('from s9_fastai.core import text', '', {'core.text'}), ('import s9_fastai.core.text as t', '', {'core.text'}),
-    ('from ..core.text import shown', 'augment.batch', {'core.text'}), ('from .keys import KeyedDL', 'augment.batch', {'augment.keys'}), ('from . import keys', 'augment.batch', {'augment.keys'}),
+    ('from ..core.text import shown', 'augment.batch', {'core.text'}), ('from .keys import item_seed', 'augment.batch', {'augment.keys'}), ('from . import keys', 'augment.batch', {'augment.keys'}),
     ('def f():\n    from .net import Net', 'nets.tta', {'nets.net'}), ('import numpy', 'nets.tta', set())])
 def test_imports_are_read(code, name, there): assert imports(code, name) == there
 

@@ -22,6 +22,7 @@ from PIL import Image
 
 from s9_fastai.augment.item import AlbumentationsTransform, KeyedRandom, SubpixelAffine
 from s9_fastai.augment.policies import POLICIES, get_policy, reference_policy
+from s9_fastai.cifar.facts import MEAN, SIZE
 from s9_fastai.augment.keys import item_key, item_seed
 from s9_fastai.augment.pipelines import check_pipeline, moving
 import albumentations as A
@@ -49,7 +50,7 @@ def img(): return np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=n
 @pytest.fixture(scope='module')
 def grey_draws():
     "Many draws of the reference policy on an image of one grey"
-    tfm, grey = AlbumentationsTransform(reference_policy()), np.full((32, 32, 3), 200, np.uint8)
+    tfm, grey = AlbumentationsTransform(reference_policy(32)), np.full((32, 32, 3), 200, np.uint8)
     return [drawn(tfm, grey, i) for i in range(n_draws)]
 
 
@@ -88,7 +89,7 @@ def brightness_13(img, par):
 
 
 def test_the_policy_is_the_pipeline_of_albumentations_1_3(img):
-    tfm, seen = AlbumentationsTransform(reference_policy()), set()
+    tfm, seen = AlbumentationsTransform(reference_policy(32)), set()
     for i in range(300):
         out, (affine, flip, hole, light, _) = drawn(tfm, img, i)
         ref = img
@@ -148,7 +149,7 @@ def test_whole_holes_everywhere_and_mirrored_borders(grey_draws):
 
 
 def test_mean_colour_fill():
-    tfm, white = AlbumentationsTransform(get_policy('reference_mean')), np.full((32, 32, 3), 255, np.uint8)
+    tfm, white = AlbumentationsTransform(get_policy('reference_mean', SIZE, MEAN)), np.full((32, 32, 3), 255, np.uint8)
     holes = [out for out, p in (drawn(tfm, white, i) for i in range(100)) if p[2] is not None and p[3] is None]
     assert len(holes) > 20
     for out in holes: assert np.unique(out.reshape(-1, 3), axis=0).tolist() == [[125, 123, 114], [255, 255, 255]]
@@ -157,7 +158,7 @@ def test_mean_colour_fill():
 def test_larger_images_are_cropped_in_the_middle():
     big = np.zeros((40, 48, 3), np.uint8)
     big[4:36, 8:40] = 255
-    tfm = AlbumentationsTransform(reference_policy(), valid=A.Compose([]))  # on purpose: validation images stay large
+    tfm = AlbumentationsTransform(reference_policy(32), valid=A.Compose([]))  # on purpose: validation images stay large
     plain = [out for out, p in (drawn(tfm, big, i) for i in range(60)) if p[0] is p[2] is p[3] is None]
     assert plain and all((o == 255).all() and o.shape == (32, 32, 3) for o in plain)
 
@@ -373,7 +374,7 @@ def test_any_datablock_repeats_no_draw_and_follows_set_seed(num_workers):
 
 
 def test_a_key_decides_alone(img):
-    tfm, twin = (AlbumentationsTransform(reference_policy()) for _ in range(2))
+    tfm, twin = (AlbumentationsTransform(reference_policy(32)) for _ in range(2))
     outs = [draw(tfm, img, i, e).tobytes() for e in range(2) for i in range(50)]
     set_seed(5), np.random.seed(1)
     assert [draw(twin, img, i, e).tobytes() for e in reversed(range(2)) for i in reversed(range(50))] == outs[::-1]
@@ -403,7 +404,7 @@ def test_the_users_pipeline_is_left_alone(img):
 @pytest.mark.parametrize('copied', [
     copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o)), lambda o: pickle.loads(pickle.dumps(o, 2))], ids=['deepcopy', 'pickle', 'pickle 2'])
 def test_a_copy_draws_the_same_and_still_by_key(img, copied):
-    tfm = AlbumentationsTransform(reference_policy())
+    tfm = AlbumentationsTransform(reference_policy(32))
     twin = copied(tfm)
     outs = [draw(tfm, img, i).tobytes() for i in range(30)]
     assert [draw(twin, img, i).tobytes() for i in range(30)] == outs and len(set(outs)) > 15
@@ -447,11 +448,11 @@ def test_opencv_threads_are_off(tmp_path):
     code = f'''import cv2, pickle
 from s9_fastai.augment.item import AlbumentationsTransform
 from s9_fastai.augment.policies import reference_policy
-for make in (lambda: AlbumentationsTransform(reference_policy()), lambda: pickle.load(open({str(tmp_path/'tfm.pkl')!r}, 'rb'))):
+for make in (lambda: AlbumentationsTransform(reference_policy(32)), lambda: pickle.load(open({str(tmp_path/'tfm.pkl')!r}, 'rb'))):
     cv2.setNumThreads(2)
     make()
     print(cv2.getNumThreads())'''
-    (tmp_path/'tfm.pkl').write_bytes(pickle.dumps(AlbumentationsTransform(reference_policy())))
+    (tmp_path/'tfm.pkl').write_bytes(pickle.dumps(AlbumentationsTransform(reference_policy(32))))
     assert run(code).split() == ['1', '1']
 
 
@@ -460,17 +461,39 @@ def test_a_second_process_draws_the_same(img):
 from s9_fastai.augment.item import AlbumentationsTransform
 from s9_fastai.augment.policies import reference_policy
 from s9_fastai.augment.keys import item_key, item_seed
-tfm, img = AlbumentationsTransform(reference_policy()), np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+tfm, img = AlbumentationsTransform(reference_policy(32)), np.random.default_rng(0).integers(0, 256, (32, 32, 3), dtype=np.uint8)
 h = hashlib.sha256()
 for i in range(50):
     item_key.set(item_seed(0, 0, i))
     h.update(tfm(img, split_idx=0).tobytes())
 print(h.hexdigest())'''
-    tfm = AlbumentationsTransform(reference_policy())
+    tfm = AlbumentationsTransform(reference_policy(32))
     assert run(code, PYTHONHASHSEED='7') == hashlib.sha256(b''.join(draw(tfm, img, i).tobytes() for i in range(50))).hexdigest()
 
 
+@pytest.mark.parametrize('size', [8, 32, 64, 225])
+@pytest.mark.parametrize('name', POLICIES)
+def test_a_policy_keeps_its_proportions_at_any_size(name, size):
+    "Images come out in their size; the lengths are these parts of the side: hole of the experiment, cutout, shift"
+    policy = get_policy(name, size, MEAN)
+    if name == 'none': return
+    x = np.random.default_rng(0).integers(0, 256, (size, size, 3), dtype=np.uint8)
+    assert {policy(image=x)['image'].shape for _ in range(20)} == {(size, size, 3)}
+    of = {type(t).__name__: t for t in policy.transforms}
+    if hole := of.get('CoarseDropout'):
+        side = size//2 if name.startswith('reference') else size//4
+        assert hole.hole_height_range == hole.hole_width_range == (side, side)
+        assert hole.fill == ((0, 0, 0) if name == 'reference' else (125, 123, 114))
+    if pad := of.get('PadIfNeeded'): assert pad.min_height == pad.min_width == size + 2*(size//8)
+
+
+@pytest.mark.parametrize('name', ['reference_mean', 'flip_crop_cutout'])
+def test_a_mean_of_bytes_is_refused(name):
+    "Clipped to white holes it would go unnoticed"
+    with pytest.raises(ValueError, match=r'mean is \(125, 123, 114\), but must be from 0 to 1.*: divide it by 255'): get_policy(name, SIZE, (125, 123, 114))
+
+
 def test_policies():
-    assert set(POLICIES) == {'reference', 'reference_mean', 'flip_crop', 'flip_crop_cutout', 'alt_flip_crop', 'none'} and not get_policy('none').transforms
-    assert get_policy('reference') is not get_policy('reference')
-    with pytest.raises(ValueError, match="policy is 'refrence', but must be one of reference, reference_mean, flip_crop"): get_policy('refrence')
+    assert set(POLICIES) == {'reference', 'reference_mean', 'flip_crop', 'flip_crop_cutout', 'alt_flip_crop', 'none'} and not get_policy('none', SIZE, MEAN).transforms
+    assert get_policy('reference', SIZE, MEAN) is not get_policy('reference', SIZE, MEAN)
+    with pytest.raises(ValueError, match="policy is 'refrence', but must be one of reference, reference_mean, flip_crop"): get_policy('refrence', SIZE, MEAN)

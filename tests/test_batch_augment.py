@@ -19,10 +19,10 @@ from torch import nn
 
 from s9_fastai.augment.item import AlbumentationsTransform, SubpixelAffine
 from s9_fastai.augment.policies import POLICIES, get_policy
-from s9_fastai.augment.batch import BatchAugment, read_policy, uniforms
+from s9_fastai.augment.batch import BatchAugment, read_policy
 from s9_fastai.cifar.load import load_cifar
-from s9_fastai.cifar.facts import MEAN, STD
-from s9_fastai.augment.keys import item_key, item_keys, item_seed, mix64
+from s9_fastai.cifar.facts import MEAN, SIZE, STD
+from s9_fastai.augment.keys import item_key, item_keys, item_seed, mix64, uniforms
 import albumentations as A
 
 n_draws = 20_000
@@ -229,7 +229,7 @@ def test_probabilities_of_policy_and_transforms_multiply(p):
 
 def test_chosen_images_are_chosen_apart():
     hit = np.zeros((5, n_draws))
-    for row, par in zip(hit, BatchAugment.from_compose(get_policy('reference')).draw(item_keys(0, 0, range(n_draws)), 32, 32)): row[par['rows']] = 1
+    for row, par in zip(hit, BatchAugment.from_compose(get_policy('reference', SIZE, MEAN)).draw(item_keys(0, 0, range(n_draws)), 32, 32)): row[par['rows']] = 1
     for rate, p in zip(hit.mean(1), (0.3, 0.5, 0.5, 0.2, 1)): assert abs(rate - p) <= 4*(p*(1 - p)/n_draws)**0.5
     assert abs(np.corrcoef(hit[:4]) - np.eye(4)).max() < 4/n_draws**0.5
 
@@ -261,7 +261,7 @@ def pad_crop_flip():
     return A.Compose([A.PadIfNeeded(40, 40, border_mode=reflect_101), A.RandomCrop(32, 32), A.HorizontalFlip(p=0.5)])
 
 
-policies = {**{nm: lambda nm=nm: get_policy(nm) for nm in POLICIES}, 'pad, crop, flip': pad_crop_flip}
+policies = {**{nm: lambda nm=nm: get_policy(nm, SIZE, MEAN) for nm in POLICIES}, 'pad, crop, flip': pad_crop_flip}
 
 
 @pytest.mark.parametrize('name', policies)
@@ -284,13 +284,13 @@ def test_a_batch_is_the_policy_applied_one_by_one(name, layout, photos):
 def test_both_paths_agree_in_the_mean(photos):
     "Mean and spread of every pixel over many draws: order and frequency of the transforms are those of the item path"
     n, img = 6000, photos[5]
-    item = AlbumentationsTransform(get_policy('reference'))
+    item = AlbumentationsTransform(get_policy('reference', SIZE, MEAN))
     def one(i):
         token = item_key.set(item_seed(0, 0, i))
         try: return item(img, split_idx=0)
         finally: item_key.reset(token)
     a = np.stack([one(i) for i in range(n)]).astype(np.float32)
-    b = back(augment(BatchAugment.from_compose(get_policy('reference')), np.repeat(img[None], n, 0), item_keys(0, 0, range(n)))).astype(np.float32)
+    b = back(augment(BatchAugment.from_compose(get_policy('reference', SIZE, MEAN)), np.repeat(img[None], n, 0), item_keys(0, 0, range(n)))).astype(np.float32)
     z = (a.mean(0) - b.mean(0))/(a.var(0)/n + b.var(0)/n)**0.5
     spread = abs(a.std(0)/b.std(0) - 1)
     assert abs(z).max() < 5.5 and z.std() < 2 and spread.mean() < 0.03 and spread.max() < 0.2
@@ -343,7 +343,7 @@ def test_a_stream_can_be_entered_anywhere():
 
 
 def test_a_key_decides_alone(photos):
-    tfm, keys = BatchAugment.from_compose(get_policy('reference')), item_keys(0, 0, range(128))
+    tfm, keys = BatchAugment.from_compose(get_policy('reference', SIZE, MEAN)), item_keys(0, 0, range(128))
     first = augment(tfm, photos, keys)
     order = np.random.default_rng(1).permutation(128)
     assert (augment(tfm, photos[order], keys[order]) == first[order]).all()
@@ -360,7 +360,7 @@ def test_equal_images_of_a_batch_become_different(photos):
 
 
 def test_without_keys_pythons_random_decides(photos):
-    tfm = BatchAugment.from_compose(get_policy('reference'))
+    tfm = BatchAugment.from_compose(get_policy('reference', SIZE, MEAN))
     set_seed(3)
     a, b = augment(tfm, photos), augment(tfm, photos)
     set_seed(3)
@@ -505,7 +505,7 @@ def test_targets_in_places_pass_where_colours_change(y, photos):
 
 @pytest.mark.parametrize('y', [TensorCategory(torch.arange(128)), TensorCategory(torch.zeros(128, 4, 10)), torch.rand(128), torch.rand(128, 7), 3, None, 'cat'], ids=lambda y: type(y).__name__)
 def test_other_targets_stay_as_they_are(y, photos):
-    out = BatchAugment.from_compose(get_policy('reference'))((batch(photos), y), split_idx=0)
+    out = BatchAugment.from_compose(get_policy('reference', SIZE, MEAN))((batch(photos), y), split_idx=0)
     assert type(out) is tuple and out[1] is y
 
 
@@ -516,7 +516,7 @@ def test_keys_of_another_batch_are_refused(photos):
 # --- inside fastai
 
 def test_types(photos):
-    tfm = BatchAugment.from_compose(get_policy('reference'))
+    tfm = BatchAugment.from_compose(get_policy('reference', SIZE, MEAN))
     assert type(augment(tfm, photos)) is TensorImage
     grey = TensorImageBW(torch.from_numpy(photos[..., :1]).permute(0, 3, 1, 2))
     assert type(BatchAugment.from_compose(A.Compose([A.HorizontalFlip()]))(grey, split_idx=0)) is TensorImageBW
@@ -525,7 +525,7 @@ def test_types(photos):
 
 
 def test_repr_names_the_ops():
-    s = repr(BatchAugment.from_compose(get_policy('reference')))
+    s = repr(BatchAugment.from_compose(get_policy('reference', SIZE, MEAN)))
     assert s.startswith('BatchAugment([BatchAffine(scale=((0.8, 1.2), (0.8, 1.2)), shift=((-0.0625, 0.0625), ') and 'BatchFlip' in s
 
 
@@ -554,7 +554,7 @@ def test_in_a_datablock_it_follows_set_seed_and_leaves_validation_alone(num_work
 def test_show_batch_and_export(tmp_path, photos):
     import matplotlib
     matplotlib.use('agg')
-    tfm = BatchAugment.from_compose(get_policy('reference'))
+    tfm = BatchAugment.from_compose(get_policy('reference', SIZE, MEAN))
     big = datablock(BatchAugment.from_compose(A.Compose([A.HorizontalFlip(), A.CoarseDropout()])))
     dls = big.dataloaders(range(80), bs=16, device='cpu')
     dls.show_batch(max_n=4)

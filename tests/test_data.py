@@ -23,7 +23,7 @@ from PIL import Image
 from s9_fastai.augment.item import AlbumentationsTransform, AlternatingFlip
 from s9_fastai.cifar.facts import CLASSES, MEAN, STD, Cifar10, Split
 from s9_fastai.cifar.load import load_cifar
-from s9_fastai.augment.keys import KeyedDL
+from s9_fastai.augment.keyed import KeyedDL
 from s9_fastai.cifar.loaders import CifarDL, cifar_block, cifar_dls
 from s9_fastai.data.loader import RowNormalize
 from s9_fastai.app.learner import s9_learner

@@ -34,8 +34,8 @@ from s9_fastai.resume.checkpoint import Checkpoint
 from s9_fastai.cifar.facts import Cifar10, Split
 from s9_fastai.cifar.loaders import CifarDL, cifar_block
 from s9_fastai.core.generators import random_kept
-from s9_fastai.augment.keys import (ItemKey, KeyedDL, KeyedTransform, item_key, item_seed, keyed_class, make_keyed, seed_global,
-                             under_key)
+from s9_fastai.augment.keyed import KeyedDL, KeyedTransform, keyed_class, make_keyed
+from s9_fastai.augment.keys import ItemKey, item_key, item_seed, seed_global, under_key
 from s9_fastai.cifar.readers import ImageReader, LabelReader
 from s9_fastai.test_utils import synth_cifar, synth_images
 

@@ -44,7 +44,7 @@ from torch.nn import functional as F
 import s9_fastai.app.recipe
 from s9_fastai.augment.policies import POLICIES, AUGMENTS
 from s9_fastai.app.command import command_parser
-from s9_fastai.augment.keys import KeyedDL
+from s9_fastai.augment.keyed import KeyedDL
 from s9_fastai.nets.net import NORMS, Net
 from s9_fastai.training.schedule import MODES, PlateauLR, TriangularLR, StepLR
 import fastai.vision.learner  # how fastai lays out pictures; that the package needs no such import is a test of its own

@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils.data import IterableDataset, RandomSampler, TensorDataset, WeightedRandomSampler
 
 from s9_fastai.resume.checkpoint import Checkpoint
-from s9_fastai.augment.keys import KeyedDL
+from s9_fastai.augment.keyed import KeyedDL
 from s9_fastai.resume.saved import ResumeError
 from s9_fastai.test_utils import quiet, synth_dls, synth_groups, synth_learner, synth_model
 

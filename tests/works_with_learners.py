@@ -20,7 +20,7 @@ from torch import nn
 from torchvision.models import resnet18
 
 from s9_fastai.cifar.facts import Cifar10, Split
-from s9_fastai.augment.keys import KeyedDL
+from s9_fastai.augment.keyed import KeyedDL
 from s9_fastai.cifar.loaders import cifar_block
 from s9_fastai.app.learner import s9_learner
 from s9_fastai.app.recipe import get_recipe

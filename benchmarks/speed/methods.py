@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from torchvision.transforms import v2
 
 from s9_fastai.augment.policies import get_policy
-from s9_fastai.cifar.facts import MEAN, STD
+from s9_fastai.cifar.facts import MEAN, SIZE, STD
 from s9_fastai.cifar.load import load_cifar
 from s9_fastai.cifar.loaders import cifar_dls
 from s9_fastai.training.fast import keep_freed_memory, autocast_dtype
@@ -50,7 +50,7 @@ def fastai_dls(source, bs, workers):
     "PNG files in folders, opened again for each batch, as in fastai's documentation"
     block = DataBlock(
         blocks=(ImageBlock, CategoryBlock), get_items=get_image_files, get_y=parent_label,
-        splitter=GrandparentSplitter(valid_name='test'), item_tfms=Augment(get_policy('reference')),
+        splitter=GrandparentSplitter(valid_name='test'), item_tfms=Augment(get_policy('reference', SIZE, MEAN)),
         batch_tfms=Normalize.from_stats(MEAN, STD))
     return block.dataloaders(source.folder, bs=bs, num_workers=workers)
 
@@ -79,7 +79,7 @@ def array_loaders(source, bs, workers, train_tfm, test_tfm):
 
 def pytorch_loaders(source, bs, workers):
     "Albumentations for one image at a time in torch's `DataLoader`"
-    return array_loaders(source, bs, workers, ForPIL(get_policy('reference').transforms), ForPIL([]))
+    return array_loaders(source, bs, workers, ForPIL(get_policy('reference', SIZE, MEAN).transforms), ForPIL([]))
 
 
 def torchvision_loaders(source, bs, workers):

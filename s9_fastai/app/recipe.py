@@ -18,7 +18,7 @@ from fastai.losses import CrossEntropyLossFlat
 from fastcore.basics import patch
 
 from .checked import checked, field_range
-from ..augment.policies import AUGMENTS, POLICIES, augmentation
+from ..augment.policies import AUGMENTS, POLICIES, check_augmentation
 from ..cifar.loaders import cifar_dls
 from ..core.checks import check_choice, range_text
 from ..core.text import listed
@@ -68,7 +68,7 @@ class Recipe:
 
     def __post_init__(self):
         for nm in ('compute', 'opt', 'sched'): check_choice(nm, getattr(self, nm), [*CHOICES[nm]])
-        augmentation(self.policy, self.augment)
+        check_augmentation(self.policy, self.augment)
         self._check_rate(*self.scheduler())
         with torch.device('meta'): self.net()  # checks the arguments, makes no weights and draws no random number
 

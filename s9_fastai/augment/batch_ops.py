@@ -10,20 +10,24 @@ from dataclasses import dataclass
 
 import numpy as np, torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 
 # %% ../../nbs/11_augment.batch_ops.ipynb #c59df2d6
 def _between(u, lo, hi):
     "Whole numbers from `lo` to `hi`, both included"
     return lo + np.floor(u*(hi - lo + 1)).astype(np.int64)
 
+# %% ../../nbs/11_augment.batch_ops.ipynb #6da2ac4c
 def _words(x):
     "uint8 (..., n), contiguous, as 64-bit words (..., n/8) if `n` allows"
     return x.view(torch.int64) if x.shape[-1] % 8 == 0 else x
 
+# %% ../../nbs/11_augment.batch_ops.ipynb #c1316e2a
 def _beside(x, a, dtype=None):
     "The array `a` as a tensor on the device of `x`"
     return torch.from_numpy(a if dtype is None else a.astype(dtype)).to(x.device)
 
+# %% ../../nbs/11_augment.batch_ops.ipynb #28d020b4
 def _colour(fill, c):
     "`fill` as an array (C,)"
     if np.ndim(fill) and len(fill) != c:
@@ -54,14 +58,16 @@ class BatchOp:
         "Height and width after the op"
         return h, w
 
-    def to_rows(self, x, rows, **par):
-        "`x` with the images of numbers `rows` changed, one row of `par` each; may write into `x`"
-        if len(rows) == len(x): return self.apply(x, **par)
-        if not len(rows): return x
-        rows = _beside(x, rows)
-        new = self.apply(x.index_select(0, rows), **par)
-        _words(x.view(len(x), -1))[rows] = _words(new.view(len(rows), -1))
-        return x
+# %% ../../nbs/11_augment.batch_ops.ipynb #80885f98
+@patch
+def to_rows(self:BatchOp, x, rows, **par):
+    "`x` with the images of numbers `rows` changed, one row of `par` each; may write into `x`"
+    if len(rows) == len(x): return self.apply(x, **par)
+    if not len(rows): return x
+    rows = _beside(x, rows)
+    new = self.apply(x.index_select(0, rows), **par)
+    _words(x.view(len(x), -1))[rows] = _words(new.view(len(rows), -1))
+    return x
 
 # %% ../../nbs/11_augment.batch_ops.ipynb #befc4e4b
 @dataclass(frozen=True)
@@ -75,7 +81,6 @@ class BatchFlip(BatchOp):
     def apply(self, x): return x.flip(2 if self.axis == 'horizontal' else 1)
 
 # %% ../../nbs/11_augment.batch_ops.ipynb #f79f3afd
-_padding = {'constant': 'zeros', 'replicate': 'border', 'reflect_101': 'reflection'}  # OpenCV's word: torch's
 @dataclass(frozen=True)
 class BatchAffine(BatchOp):
     "Scales and turns images about their middle, then shifts them; bilinear"
@@ -97,22 +102,30 @@ class BatchAffine(BatchOp):
         if self.unit == 'px': shift = _between(u[:, 2:4], lo[2:4], hi[2:4])
         return dict(scale=scale, shift=np.trunc(shift) if self.unit == 'whole' else shift, rotate=v[:, 4])
 
-    def grid(self, h, w, scale, shift, rotate):
-        "Where pixels are looked up, -1 to 1: the sum of a part for columns (2, B, W) and one for rows (2, B, H)"
-        cos, sin = np.cos(np.deg2rad(rotate)), np.sin(np.deg2rad(rotate))
-        kx, ky = 2/(scale.T*np.maximum([[w - 1], [h - 1]], 1))
-        dx, dy = np.arange(w) - (w - 1)/2 - shift[:, :1], np.arange(h) - (h - 1)/2 - shift[:, 1:]
-        return np.stack([cos*kx, sin*ky])[..., None]*dx, np.stack([-sin*kx, cos*ky])[..., None]*dy
+    def apply(self, x, scale, shift, rotate): return self._sampled(x, *self.grid(*x.shape[1:3], scale, shift, rotate))
 
-    def apply(self, x, scale, shift, rotate):
-        cols, rows = (_beside(x, o, np.float32) for o in self.grid(*x.shape[1:3], scale, shift, rotate))
-        grid = (cols[:, :, None] + rows[..., None]).permute(1, 2, 3, 0)  # (B, H, W, 2)
-        # torch's constant border is 0: a fill is taken off and put back
-        fill = _beside(x, _colour(self.fill, x.shape[3]), np.float32) if self.border == 'constant' else None
-        out = (x.float() if fill is None else x - fill).permute(0, 3, 1, 2)  # (B, C, H, W)
-        out = F.grid_sample(out, grid, padding_mode=_padding[self.border], align_corners=True)
-        out = out.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
-        return (out if fill is None else out + fill).round_().to(torch.uint8)
+# %% ../../nbs/11_augment.batch_ops.ipynb #51d9ea18
+@patch
+def grid(self:BatchAffine, h, w, scale, shift, rotate):
+    "Where pixels are looked up, -1 to 1: the sum of a part for columns (2, B, W) and one for rows (2, B, H)"
+    cos, sin = np.cos(np.deg2rad(rotate)), np.sin(np.deg2rad(rotate))
+    kx, ky = 2/(scale.T*np.maximum([[w - 1], [h - 1]], 1))
+    dx, dy = np.arange(w) - (w - 1)/2 - shift[:, :1], np.arange(h) - (h - 1)/2 - shift[:, 1:]
+    return np.stack([cos*kx, sin*ky])[..., None]*dx, np.stack([-sin*kx, cos*ky])[..., None]*dy
+
+# %% ../../nbs/11_augment.batch_ops.ipynb #5a4f49c2
+_padding = {'constant': 'zeros', 'replicate': 'border', 'reflect_101': 'reflection'}  # OpenCV's word: torch's
+
+@patch
+def _sampled(self:BatchAffine, x, cols, rows):
+    "The images `x` at the places that `grid` gave"
+    cols, rows = (_beside(x, o, np.float32) for o in (cols, rows))
+    grid = (cols[:, :, None] + rows[..., None]).permute(1, 2, 3, 0)  # (B, H, W, 2)
+    fill = _beside(x, _colour(self.fill, x.shape[3]), np.float32) if self.border == 'constant' else None
+    out = (x.float() if fill is None else x - fill).permute(0, 3, 1, 2)  # (B, C, H, W)
+    out = F.grid_sample(out, grid, padding_mode=_padding[self.border], align_corners=True)
+    out = out.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
+    return (out if fill is None else out + fill).round_().to(torch.uint8)
 
 # %% ../../nbs/11_augment.batch_ops.ipynb #03e8976a
 @dataclass(frozen=True)
@@ -134,26 +147,33 @@ class BatchDropout(BatchOp):
         there = np.arange(self.holes[1]) < _between(u[:, :1], *self.holes)
         return dict(holes=np.stack([x, y, x + width, y + height], -1)*there[..., None])  # (B, holes, 4)
 
-    def _side(self, u, ends, side):
-        lo, hi = ends
-        if hi < 1: return (side*(lo + (hi - lo)*u)).astype(np.int64)
-        if lo > side: raise ValueError(f'a hole has {lo} pixels or more, but the images {side}: give smaller holes')
-        return _between(u, int(lo), int(min(hi, side)))
-
     def apply(self, x,
         holes:np.ndarray, # int (B, holes, 4): left, top, right, bottom, the last two just outside; 0 width: no hole
-    ):
-        b, h, w, c = x.shape
-        words, hole = _words(x.reshape(b, h, w*c)), 0
-        for left, top, right, bottom in holes.transpose(1, 2, 0)[..., None]:  # (B, 1) each
-            xs, ys = np.arange(w*c)//c, np.arange(h)
-            cols = _beside(x, np.uint8(255)*((xs >= left) & (xs < right)))  # (B, W*C)
-            rows = _beside(x, (ys >= top) & (ys < bottom))  # (B, H)
-            hole = (_words(cols)[:, None] & -rows.to(words.dtype)[..., None]) | hole  # all bits set inside
-        fill = _beside(x, np.tile(_colour(self.fill, c), w), np.uint8)  # (W*C,)
-        # the bits in which image and fill differ, only inside, turn one into the other
-        out = (words ^ _words(fill)).bitwise_and_(hole).bitwise_xor_(words)
-        return out.view(torch.uint8).view(b, h, w, c)
+    ): return self._cut(x, holes)
+
+# %% ../../nbs/11_augment.batch_ops.ipynb #525ed915
+@patch
+def _side(self:BatchDropout, u, ends, side):
+    "Lengths of holes, pixels, for the uniform numbers `u`"
+    lo, hi = ends
+    if hi < 1: return (side*(lo + (hi - lo)*u)).astype(np.int64)
+    if lo > side: raise ValueError(f'a hole has {lo} pixels or more, but the images {side}: give smaller holes')
+    return _between(u, int(lo), int(min(hi, side)))
+
+# %% ../../nbs/11_augment.batch_ops.ipynb #387f9315
+@patch
+def _cut(self:BatchDropout, x, holes):
+    "The images `x` with their `holes` filled"
+    b, h, w, c = x.shape
+    words, hole = _words(x.reshape(b, h, w*c)), 0
+    for left, top, right, bottom in holes.transpose(1, 2, 0)[..., None]:  # (B, 1) each
+        xs, ys = np.arange(w*c)//c, np.arange(h)
+        cols = _beside(x, np.uint8(255)*((xs >= left) & (xs < right)))  # (B, W*C)
+        rows = _beside(x, (ys >= top) & (ys < bottom))  # (B, H)
+        hole = (_words(cols)[:, None] & -rows.to(words.dtype)[..., None]) | hole  # all bits set inside
+    fill = _beside(x, np.tile(_colour(self.fill, c), w), np.uint8)  # (W*C,)
+    out = (words ^ _words(fill)).bitwise_and_(hole).bitwise_xor_(words)
+    return out.view(torch.uint8).view(b, h, w, c)
 
 # %% ../../nbs/11_augment.batch_ops.ipynb #ea1159d3
 @dataclass(frozen=True)
@@ -230,13 +250,14 @@ class BatchPad(BatchOp):
         rows, cols = self._source(h, top, height), self._source(w, left, width)
         x, out = x.index_select(1, _beside(x, rows)), x.new_empty(len(x), height, width, x.shape[3])
         out[:, :, left:left+w] = x
-        # a border is thin: column by column is 4 times faster than any indexing of single pixels
         for i in (*range(left), *range(left + w, width)): out[:, :, i] = x[:, :, cols[i]]
         return out
 
-    def _source(self, n, before, size):
-        "For each of `size` places the one of `n` it is a copy of"
-        i = np.arange(size) - before
-        if self.border == 'replicate': return i.clip(0, n - 1)
-        i = i % max(2*n - 2, 1)  # there and back, the ends once
-        return np.minimum(i, 2*n - 2 - i)
+# %% ../../nbs/11_augment.batch_ops.ipynb #6e300929
+@patch
+def _source(self:BatchPad, n, before, size):
+    "For each of `size` places the one of `n` it is a copy of"
+    i = np.arange(size) - before
+    if self.border == 'replicate': return i.clip(0, n - 1)
+    i = i % max(2*n - 2, 1)
+    return np.minimum(i, 2*n - 2 - i)

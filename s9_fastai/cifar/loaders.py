@@ -20,11 +20,12 @@ from fastcore.meta import delegates
 from fasttransform.transform import compose_tfms
 
 from ..core.environment import get_device
-from .facts import CLASSES, MEAN, SPEC, STD, Cifar10
+from .facts import CLASSES, MEAN, SIZE, SPEC, STD, Cifar10
 from .load import load_cifar
 from ..augment.item import AlbumentationsTransform
 from ..augment.batch import BatchAugment
-from ..augment.keys import KeyedDL, item_seed, under_key
+from ..augment.keyed import KeyedDL
+from ..augment.keys import item_seed, under_key
 from .readers import ImageReader, LabelReader
 from ..data.source import Source
 from ..data.loader import RowNormalize, hold_out
@@ -98,7 +99,7 @@ def cifar_block(
     **kwargs
 )->DataBlock: # Its source: indices into `data`, without the test images if some are held out
     "The `DataBlock` of CIFAR-10: training images go through `augmentation`, the test images are the validation set"
-    tfm = augmentation(*args, **kwargs)
+    tfm = augmentation(*args, size=SIZE, mean=MEAN, **kwargs)
     on_items = isinstance(tfm, AlbumentationsTransform)
     n, total = len(data.train.labels), len(data.train.labels) + len(data.test.labels)
     valid = hold_out(data.train.labels, held_out) if held_out else range(n, total)
@@ -140,7 +141,7 @@ def cifar_dls(
     items = range(len(data.train.labels) + (0 if held_out else len(data.test.labels)))
     dls = cifar_block(data, held_out=held_out, **kwargs).dataloaders(
         items, bs=bs, seed=seed, num_workers=num_workers, device=device, drop_last=False)
-    of_tfm = signature(augmentation).bind(**kwargs)
+    of_tfm = signature(augmentation).bind_partial(**kwargs)
     of_tfm.apply_defaults()
     dls.source = Source(data.source, data.key, SPEC, held_out, dict(bs=bs, held_out=held_out, **of_tfm.arguments))
     return dls

@@ -17,7 +17,7 @@ from .. import __version__
 
 # %% ../../nbs/02_core.environment.ipynb #7f3dea4a
 def cpu_name()->str: # Such as 'AMD EPYC'
-    "What the CPU calls itself, or its kind where it does not tell"
+    "The model name of the CPU, or its kind where there is no name"
     info = Path('/proc/cpuinfo')
     lines = info.read_text().splitlines() if info.exists() else []  # Linux
     names = [ln.split(':', 1)[1].strip() for ln in lines if ln.startswith('model name')]
@@ -25,9 +25,9 @@ def cpu_name()->str: # Such as 'AMD EPYC'
 
 # %% ../../nbs/02_core.environment.ipynb #3fac45ad
 def environment()->dict: # Text or a number by name
-    "The versions that a result depends on, the CPU, the number of threads, and whether torch was told to repeat"
+    "The versions that a result depends on, the CPU, the number of threads, and whether torch is deterministic"
     libs = {nm: version(nm) for nm in ('fastai', 'torchvision', 'albumentations', 'numpy')}
-    builds = dict(torch=str(torch.__version__), opencv=cv2.__version__)  # the builds, which their packages do not tell
+    builds = dict(torch=str(torch.__version__), opencv=cv2.__version__)
     return {'s9_fastai': __version__, **libs, **builds, 'python': platform.python_version(), 'cpu': cpu_name(),
             'gpu': torch.cuda.get_device_name() if torch.cuda.is_available() else 'none',
             'threads': torch.get_num_threads(), 'deterministic': torch.are_deterministic_algorithms_enabled()}
@@ -40,9 +40,9 @@ def _short(a, b):
     return tuple(('…' if same else '') + o[same:same + 60] + ('…' if len(o) > same + 60 else '') for o in (a, b))
 
 def changes(
-    then:dict, # What was written down
-    now:dict, # What is
-)->dict: # Name -> text that says both values
+    then:dict, # The recorded values
+    now:dict, # The present values
+)->dict: # Name -> text with both values
     "The fields of `then` and `now` that differ"
     names = [*then, *(k for k in now if k not in then)]
     values = {k: tuple(o.get(k, 'nothing') for o in (then, now)) for k in names}
@@ -57,7 +57,7 @@ def get_device(
     if isinstance(name, torch.device): return name
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter('ignore')  # names that torch once had
+            warnings.simplefilter('ignore')  # outdated names
             x = torch.zeros(1, device=name)
         return x.device if x.item() == 0 else None  # 'meta' has no values
     except Exception as e:  # of any kind: a name may stand for a package that is not installed
@@ -66,6 +66,6 @@ def get_device(
 # %% ../../nbs/02_core.environment.ipynb #a49e9c7f
 def use_deterministic():
     "From now on, torch uses only algorithms that repeat to the bit; RuntimeError later, for one that has no such form"
-    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS asks for it, before it is first used
+    os.environ.setdefault('CUBLAS_WORKSPACE_CONFIG', ':4096:8')  # cuBLAS needs it, before its first use
     torch.use_deterministic_algorithms(True)
-    torch.backends.cudnn.benchmark = False  # its choice of an algorithm is a race
+    torch.backends.cudnn.benchmark = False

@@ -13,10 +13,10 @@ from .text import is_there, read_errors, shown
 
 # %% ../../nbs/05_core.paths.ipynb #065ec87f
 def given_path(
-    path:str|Path, # As somebody wrote it; `~` is a home folder
+    path:str|Path, # As the user typed it; `~` is a home folder
     what:str # What it is, for the error
 ) -> Path: # With the home folder's name
-    "`path`; `ValueError` if it is empty or in the home of nobody"
+    "`path`; `ValueError` if it is empty or in a home folder that does not exist"
     if not str(path): raise ValueError(f"{what} is '', which names nothing; give a path, '.' for the current folder")
     try: return Path(path).expanduser()
     except RuntimeError as e:
@@ -24,7 +24,7 @@ def given_path(
 
 # %% ../../nbs/05_core.paths.ipynb #7089f09f
 def run_path(
-    path, # As somebody wrote it; `~` is a home folder
+    path, # As the user typed it; `~` is a home folder
     what:str, # What it is, for the error
 )->Path:
     "`path` as `given_path`, and a ValueError too for a name that is not UTF-8: safetensors would not open its files"

@@ -30,7 +30,7 @@ def unreadable(
 def on_white(
     im:Image.Image, # Of any mode
 )->Image.Image:
-    "`im` as it looks on white paper; what is transparent may have any colour, mostly black"
+    "`im` on a white background; an image without transparency as it is"
     if 'A' not in im.getbands() and 'transparency' not in im.info: return im
     im = im.convert('RGBA')
     return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
@@ -39,7 +39,7 @@ def on_white(
 def to_rgb(
     im:Image.Image, # Of any mode and size
     name='image', # For the error
-)->Image.Image: # RGB, of the same size, turned as its camera says
+)->Image.Image: # RGB, of the same size, turned as its EXIF data state
     "`im` in colours of 8 bits; ValueError for one without pixels, without a known white, or damaged"
     if 0 in im.size: raise ValueError(f'{shown(name)}: {im.width}x{im.height} pixels, at least 1x1 are needed')
     if im.mode in ('I', 'F'):
@@ -77,7 +77,7 @@ def image_of_array(
 
 # %% ../../nbs/20_data.images.ipynb #6dda0569
 class ImageArray(np.ndarray):
-    "An image as albumentations likes it: uint8 (H, W, 3), often a view into the data"
+    "An image as albumentations takes it: uint8 (H, W, 3), often a view into the data"
 
 # %% ../../nbs/20_data.images.ipynb #2788285e
 @ToTensor

@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from torch.nn.parameter import is_lazy
 
-from ..augment.keys import KeyedDL
+from ..augment.keyed import KeyedDL
 from ..core.events import in_fit
 from ..core.files import naming, remove_leftovers
 from ..core.generators import load_random_state

@@ -19,7 +19,7 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 
 from .changed import FitChanges, fit_roots, put_changes
-from ..augment.keys import KeyedDL
+from ..augment.keyed import KeyedDL
 from ..core.events import in_fit
 from ..core.generators import load_random_state, random_state
 from .objects import load_object_state, object_state

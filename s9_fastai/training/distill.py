@@ -14,7 +14,7 @@ from annotated_types import Interval
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 
-from ..augment.keys import KeyedDL
+from ..augment.keyed import KeyedDL
 from ..core.checks import check_number
 from ..core.text import read_errors, shown
 from ..core.events import in_fit
