@@ -13,15 +13,16 @@ from typing import Annotated, Any, get_args, get_origin
 from annotated_types import Interval
 from pydantic import ConfigDict, ValidationError
 from pydantic.dataclasses import dataclass
+from typing_extensions import dataclass_transform
 
 from ..core.checks import range_text
 
 # %% ../../nbs/70_app.checked.ipynb #f06d55f9
 def field_kind(
     f:Field, # Of a `checked` class
-)->type: # int, float, str or bool; without `None`
+)->Any: # int, float, str or bool; without `None`
     "The type of the values of `f`"
-    t = next((o for o in get_args(f.type) if o is not type(None)), f.type) if get_origin(f.type) is not Annotated else f.type
+    t:Any = next((o for o in get_args(f.type) if o is not type(None)), f.type) if get_origin(f.type) is not Annotated else f.type
     return get_args(t)[0] if get_origin(t) is Annotated else t
 
 # %% ../../nbs/70_app.checked.ipynb #ba5ec4bf
@@ -33,7 +34,7 @@ def field_range(
     return next((o for o in found if isinstance(o, Interval)), None)
 
 # %% ../../nbs/70_app.checked.ipynb #d8cc3a32
-def _one_line(cls, e:dict[str, Any])->str:
+def _one_line(cls, e)->str:
     "An error of pydantic for a field of `cls`, as our errors are"
     if e['type'] == 'value_error': return str(e['ctx']['error'])  # of `__post_init__`
     name, known = str(e['loc'][0]), {f.name: f for f in fields(cls)}
@@ -45,6 +46,7 @@ def _one_line(cls, e:dict[str, Any])->str:
     return f'{name} is {v!r}, but must be {range_text(span) if is_kind and span else f"of type {kind.__name__}"}'
 
 # %% ../../nbs/70_app.checked.ipynb #c2943a8b
+@dataclass_transform(frozen_default=True)
 def checked(
     cls:type, # Its fields are annotated with types, and numbers with an `Interval`
 )->type:
@@ -55,5 +57,5 @@ def checked(
     def __init__(self, *args, **kwargs):
         try: init(self, *args, **kwargs)
         except ValidationError as e: raise ValueError(_one_line(cls, e.errors()[0])) from None
-    cls.__init__ = __init__
+    cls.__init__ = __init__  # type: ignore[method-assign]
     return cls

@@ -8,6 +8,7 @@ __all__ = ['image_files', 'Predictor', 'class_probabilities', 's9_predict', 'mai
 # %% ../../nbs/79_app.predict.ipynb #40b7f2f1
 import os, warnings
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, ImageOps
 from fastcore.basics import patch
@@ -92,7 +93,7 @@ def _read_images(images, run):
     try:
         if run is not None: recipe_path(run_path(run, 'run'))
         files, errors = _each(images, image_files)
-        predictor = Predictor(run) if files else None
+        predictor:Any = Predictor(run) if files else None
     except (ValueError, OSError) as e: raise BadInput(str(e)) from e
     pairs, more = _each(files, lambda f: [(f, predictor.pixels(f))])
     errors += more

@@ -9,7 +9,7 @@ __all__ = ['CHOICES', 'RECIPES', 'Recipe', 'field_values', 'get_recipe']
 import inspect
 from dataclasses import fields, replace
 from functools import partial
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
 from annotated_types import Interval
@@ -32,14 +32,15 @@ from ..training.schedule import MODES, StepLR, lr_scheduler
 
 # %% ../../nbs/71_app.recipe.ipynb #ce4d05fe
 #: Names that a field takes, each with what it is
-CHOICES = {'norm': NORMS, 'policy': POLICIES, 'augment': AUGMENTS, 'sched': MODES,
+CHOICES:dict[str, dict] = {'norm': NORMS, 'policy': POLICIES, 'augment': AUGMENTS, 'sched': MODES,
            'compute': {'fast': 'faster layers, bfloat16 where the hardware has it', 'plain': "torch's, in float32"},
            'opt': {'sgd': 'plain momentum', 'nesterov': "Nesterov's", 'muon': 'needs fewest epochs'}}
 
 # %% ../../nbs/71_app.recipe.ipynb #c10dad08
 def _default(f, name): return inspect.signature(f).parameters[name].default
 
-_part, _rate = Interval(ge=0, lt=1), Interval(ge=1e-12, lt=1000)
+_top = 1000  # no rate is as high
+_part, _rate = Interval(ge=0, lt=1), Interval(ge=1e-12, lt=_top)
 
 @checked
 class Recipe:
@@ -69,19 +70,19 @@ class Recipe:
     def __post_init__(self):
         for nm in ('compute', 'opt', 'sched'): check_choice(nm, getattr(self, nm), [*CHOICES[nm]])
         check_augmentation(self.policy, self.augment)
-        self._check_rate(*self.scheduler())
+        for sched in self.scheduler(): self._check_rate(sched)
         with torch.device('meta'): self.net()  # checks the arguments, makes no weights and draws no random number
 
-    def _check_rate(self, sched=None):
+    def _check_rate(self, sched):
         "A ValueError if the steps take the rate out of its range during the run"
         top = sched.rate(float(self.lr), self.epochs) if isinstance(sched, StepLR) else 0
-        if top < _rate.lt: return
+        if top < _top: return
         raise ValueError(f'gamma is {self.gamma!r}, which makes lr {top:.1e} within {self.epochs} epochs, but it must '
-                         f'stay below {_rate.lt}: take a lower gamma or a larger step_size')
+                         f'stay below {_top}: take a lower gamma or a larger step_size')
 
     def net(self, n_classes:int=_default(Net, 'n_classes'))->Net:
         return Net(self.n_channels, norm=self.norm, dropout=self.dropout, n_classes=n_classes)
-    def scheduler(self)->list:
+    def scheduler(self)->list[Any]:
         return lr_scheduler(self.sched, pct_start=self.pct_start, step_size=self.step_size, gamma=self.gamma)
 
 # %% ../../nbs/71_app.recipe.ipynb #f4b1e73a
@@ -129,7 +130,8 @@ def distill_cbs(self:Recipe,
 # %% ../../nbs/71_app.recipe.ipynb #48bf43b2
 def field_values()->dict: # Such as `0 to below 1`, or `'fast' (…) or 'plain' (…)`, by field
     "What each field of a `Recipe` takes, as a text"
-    return {f.name: listed(CHOICES[f.name]) if f.name in CHOICES else range_text(field_range(f)) for f in fields(Recipe)}
+    return {f.name: listed(CHOICES[f.name]) if f.name in CHOICES else range_text(field_range(f))  # type: ignore[arg-type]
+            for f in fields(Recipe)}
 
 # %% ../../nbs/71_app.recipe.ipynb #d5233fb1
 _fast = Recipe(dropout=0., policy='flip_crop', augment='batch', epochs=11, opt='muon', lr=0.3, wd=1e-3,

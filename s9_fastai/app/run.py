@@ -93,7 +93,8 @@ def _try_folder(path, own):
     except (OSError, ValueError, RecursionError) as e:
         for p in missing:
             with suppress(OSError, ValueError): p.rmdir()
-        why = next((o.strerror for o in (e, e.__cause__) if getattr(o, 'strerror', None)), e)  # `replacing` wraps it
+        whys = (getattr(o, 'strerror', None) for o in (e, e.__cause__))
+        why = next(filter(None, whys), e)  # `replacing` wraps it
         raise OSError(f'out is {str(path)!r}, which cannot be written ({why}): name another folder') from e
 
 # %% ../../nbs/77_app.run.ipynb #c4f0df91

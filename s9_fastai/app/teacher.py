@@ -37,7 +37,7 @@ def predict_logits(
     return TeacherLogits(torch.cat(found), **about)
 
 # %% ../../nbs/70_app.teacher.ipynb #7a2684f1
-#: Logits of the teacher that comes with the package; `benchmarks/teacher.py` makes it
+#: Logits of the teacher that comes with the package; `benchmarks/accuracy/teacher.py` makes it
 TEACHER = Path(str(resources.files('s9_fastai')))/'assets'/'teacher.safetensors'
 
 # %% ../../nbs/70_app.teacher.ipynb #ec99e65f

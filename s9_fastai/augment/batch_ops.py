@@ -49,7 +49,7 @@ class BatchOp:
         "The parameters of B images"
         return {}
 
-    def apply(self,
+    def apply(self,  # type: ignore[empty-body]  # each op has its own
         x:torch.Tensor, # uint8 (B, H, W, C), contiguous; never changed
     )->torch.Tensor: # (B, H', W', C), contiguous
         "The changed images"
@@ -102,7 +102,9 @@ class BatchAffine(BatchOp):
         if self.unit == 'px': shift = _between(u[:, 2:4], lo[2:4], hi[2:4])
         return dict(scale=scale, shift=np.trunc(shift) if self.unit == 'whole' else shift, rotate=v[:, 4])
 
-    def apply(self, x, scale, shift, rotate): return self._sampled(x, *self.grid(*x.shape[1:3], scale, shift, rotate))
+    def apply(self, x, scale, shift, rotate):
+        _, h, w, _ = x.shape
+        return self._sampled(x, *self.grid(h, w, scale, shift, rotate))
 
 # %% ../../nbs/11_augment.batch_ops.ipynb #51d9ea18
 @patch

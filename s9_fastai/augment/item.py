@@ -7,6 +7,7 @@ __all__ = ['KeyedRandom', 'SubpixelAffine', 'AlternatingFlip', 'AlbumentationsTr
 
 # %% ../../nbs/14_augment.item.ipynb #8d5e0a92
 import random
+from typing import Any
 from copy import deepcopy
 
 import numpy as np, torch
@@ -118,7 +119,7 @@ def _compare(self:AlbumentationsTransform, data, train):
 @patch
 def _image(self:AlbumentationsTransform, pipe, img, masks=()):
     "`img` and its `masks` through `pipe`"
-    data = dict(image=to_uint8(img))
+    data:dict[str, Any] = dict(image=to_uint8(img))
     if masks: data['masks'] = [to_uint8(o) for o in masks]
     out = pipe(**data)
     if pipe is self.train and not self.is_compared: self._compare(data, out['image'])

@@ -36,7 +36,7 @@ def _place(s):
 # %% ../../nbs/11_augment.keyed.ipynb #4c0772ef
 class KeyedDL(TfmdDL):
     "A `TfmdDL` whose order depends on (seed, epoch) and whose draws for an item on (seed, epoch, item) alone"
-    not_saved = ('seed', 'epoch', 'n_new', 'nth', 'begin', 'drawn', 'making')  # a checkpoint keeps the first three
+    not_saved:tuple = ('seed', 'epoch', 'n_new', 'nth', 'begin', 'drawn', 'making')  # a checkpoint keeps the first three
     making = False  # a batch at this moment?
 
     def __init__(self,
@@ -149,7 +149,7 @@ def with_keys(self:KeyedDL, b, places, nths):
     is_training = getattr(self.after_batch, 'split_idx', None) == 0
     if n and is_training and len(places) and isinstance(x, torch.Tensor) and x.ndim:
         keys = [self.batch_keys(len(x), places, nths, i) for i in range(n)]
-        x.keys = np.stack(keys) if n > 1 else keys[0]
+        x.keys = np.stack(keys) if n > 1 else keys[0]  # type: ignore[attr-defined]
     return b
 
 # %% ../../nbs/11_augment.keyed.ipynb #c86d9cdb
@@ -173,8 +173,8 @@ def one_batch(self:KeyedDL):
     self._start(item_seed(self.seed, self.epoch, -2, self.n_new) >> 65)
     try: return super(KeyedDL, self).one_batch()
     finally:
-        vars(self).clear()
-        vars(self).update(state)
+        self.__dict__.clear()
+        self.__dict__.update(state)
 
 # %% ../../nbs/11_augment.keyed.ipynb #5c4ff120
 @patch
@@ -196,7 +196,7 @@ def keyed_class(
 )->type: # `cls` itself where it is keyed already, the same class for the same `cls`
     "A subclass of both `KeyedDL` and `cls`"
     if issubclass(cls, KeyedDL): return cls
-    return KeyedDL if cls is TfmdDL else _mixed(cls)
+    return KeyedDL if cls is TfmdDL else _mixed(cls)  # type: ignore[arg-type]  # a class is hashable
 
 # %% ../../nbs/11_augment.keyed.ipynb #4314f1ee
 def make_keyed(
@@ -216,7 +216,7 @@ class KeyedTransform:
             warnings.warn(f'{type(self).__name__} in the pipeline of a data set draws from the generators of the '
                           'process, so that the draws change with the number of workers: put it among the item_tfms')
         make_keyed(items)
-        return super().setup(items, train_setup)
+        return super().setup(items, train_setup)  # type: ignore[misc]  # the Transform's
 
 # %% ../../nbs/11_augment.keyed.ipynb #02d1edf6
 _group_by_class = block._merge_grouper

@@ -7,6 +7,7 @@ __all__ = ['item_key', 'item_seed', 'ItemKey', 'under_key', 'mix64', 'item_keys'
 
 # %% ../../nbs/10_augment.keys.ipynb #c2187369
 import hashlib, random
+from typing import Any
 from contextvars import ContextVar
 
 import numpy as np, torch
@@ -36,7 +37,7 @@ class ItemKey(int):
         return _hash(b'%d %d' % (self, n)) if n else int(self)
 
 # %% ../../nbs/10_augment.keys.ipynb #3090f15b
-item_key = ContextVar('item_key', default=None)
+item_key = ContextVar[Any]('item_key', default=None)
 
 # %% ../../nbs/10_augment.keys.ipynb #570300ac
 def under_key(

@@ -91,7 +91,7 @@ def archive_files(
     with open(path, 'rb') as f:
         try:
             with tarfile.open(fileobj=f, mode='r:*', tarinfo=SoundHeader) as tf:
-                files = {parts: tf.extractfile(m).read() if m.isfile() else None
+                files = {parts: tf.extractfile(m).read() if m.isfile() else None  # type: ignore[union-attr]
                          for parts, m in layout_members(tf, room)}
                 while tf.fileobj.read(2**20): pass  # up to the end, where gzip compares its checksum
         except Refused as e: raise ValueError(f'{shown(path)}: {e}') from e

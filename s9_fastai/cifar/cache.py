@@ -11,6 +11,7 @@ import hashlib, json, os, shutil, warnings
 from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 
@@ -37,7 +38,8 @@ def fingerprint(
     a:np.ndarray # Any array
 ) -> str: # Such as `uint8 (10000, 32, 32, 3) 9f86d081884c7d65…`
     "Type, shape and a 128-bit BLAKE2 checksum of `a`"
-    return f'{a.dtype} {a.shape} {hashlib.blake2b(np.ascontiguousarray(a), digest_size=16).hexdigest()}'
+    bits:Any = np.ascontiguousarray(a)
+    return f'{a.dtype} {a.shape} {hashlib.blake2b(bits, digest_size=16).hexdigest()}'
 
 # %% ../../nbs/45_cifar.cache.ipynb #8c2a41f3
 ARRAYS = tuple(f'{s}_{o}' for s in SPLITS for o in Split._fields)  # the names of an entry's four arrays

@@ -45,7 +45,7 @@ def folder_files(
     "The visible files of the layout in the folder `path`; `ValueError` as `folder_root`, or the system's `OSError`"
     def visible(p): return [o for o in os.scandir(p) if not o.name.startswith('.')]
     root = folder_root(path)
-    files = {(o,): str(root/o) for o in SPLITS + BATCHES if is_there(root/o)}
+    files:dict[tuple, str|None] = {(o,): str(root/o) for o in SPLITS + BATCHES if is_there(root/o)}
     for s in SPLITS:
         if (s,) not in files or not (root/s).is_dir(): continue  # a file is reported later
         del files[s,]

@@ -50,7 +50,7 @@ def _tfms(pipe): return getattr(pipe, 'fs', [pipe])  # a `Pipeline`, or any func
 @patch
 def is_direct(self:CifarDL):
     "Are items and transforms those of `cifar_block`?"
-    tls, items = getattr(self.dataset, 'tls', []), getattr(self.dataset, 'items', None)
+    tls, items = getattr(self.dataset, 'tls', []), getattr(self.dataset, 'items', ())
     kinds = [[type(t) for t in tl.tfms.fs] for tl in tls]
     own = {'create_item', 'create_batch', 'do_batch', 'retain'} & vars(self).keys()  # functions that were given
     return (type(self) is CifarDL and kinds == [[ImageReader], [LabelReader, Categorize]]

@@ -33,7 +33,7 @@ class NumberArray(np.ndarray):
     "What an array is in a pickle: as many numbers as there are bytes for"
     def __setstate__(self, state):
         _, shape, kind, fortran, data = state
-        super().__setstate__((1, shape, kind.dtype, bool(fortran), data))
+        super().__setstate__((1, shape, kind.dtype, bool(fortran), data))  # type: ignore[arg-type]
 
 # %% ../../nbs/43_cifar.pickles.ipynb #2dec12bd
 def _latin1(

@@ -25,7 +25,7 @@ def range_text(
 
 # %% ../../nbs/09_core.checks.ipynb #ff57debd
 def in_range(
-    v:float, # A number
+    v, # A number
     r:Interval, # Its range
 )->bool:
     "Does `v` lie in `r`?"

@@ -59,7 +59,8 @@ def get_device(
         with warnings.catch_warnings():
             warnings.simplefilter('ignore')  # outdated names
             x = torch.zeros(1, device=name)
-        return x.device if x.item() == 0 else None  # 'meta' has no values
+        x.item()  # an error for 'meta', which has no values
+        return x.device
     except Exception as e:  # of any kind: a name may stand for a package that is not installed
         raise ValueError(f'device is {str(name)!r}, but this machine has no such device: use cpu') from e
 

@@ -67,7 +67,8 @@ _kinds = {
                          lambda g, s: _set_bits(g._bit_generator, s) or g.set_state(s), np.random.RandomState),
     **{f'Generator {nm}': _Kind(np.random.Generator, lambda g: g.bit_generator.state,
                                 lambda g, s: _set_bits(g.bit_generator, s),
-                                lambda b=b: np.random.Generator(b())) for nm, b in _bits.items()},
+                                lambda b=b: np.random.Generator(b()))  # type: ignore[misc]
+       for nm, b in _bits.items()},
     **{nm: _Kind(b, lambda g: g.state, _set_bits, b) for nm, b in _bits.items()}}
 
 # %% ../../nbs/06_core.generators.ipynb #64276af0

@@ -7,6 +7,7 @@ __all__ = ['Stopped', 'SignalNote']
 
 # %% ../../nbs/03_core.signals.ipynb #0b9c20a6
 import os, signal, sys, threading, weakref
+from typing import Any
 
 from fastcore.basics import patch
 
@@ -31,6 +32,7 @@ def _fitting(frame):
 # %% ../../nbs/03_core.signals.ipynb #ff048ff2
 class SignalNote:
     "Notes the first SIGINT or SIGTERM of a fit in `signum`, which is None until then"
+    signum:Any
     def __init__(self): self.signum, self.pid, self.before, self.learn, self.is_warned = None, None, {}, None, False
 
     def catch(self):

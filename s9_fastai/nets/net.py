@@ -7,6 +7,7 @@ __all__ = ['NORMS', 'WEIGHTS', 'DepthwiseSeparableConv2d', 'norm_layer', 'ConvBl
 
 # %% ../../nbs/30_nets.net.ipynb #1b3ac4a4
 import math
+from collections.abc import Callable
 from functools import partial
 from importlib import resources
 from numbers import Integral, Real
@@ -40,8 +41,9 @@ class DepthwiseSeparableConv2d(nn.Module):
 
 # %% ../../nbs/30_nets.net.ipynb #a645c27b
 #: The normalisations by name: what each one is, and what makes it for a number of channels
-NORMS = {'bn': ('batch', nn.BatchNorm2d), 'gn': ('group', lambda nf: nn.GroupNorm(math.gcd(2, nf), nf)),
-         'ln': ('layer', partial(nn.GroupNorm, 1))}
+NORMS:dict[str, tuple[str, Callable]] = {
+    'bn': ('batch', nn.BatchNorm2d), 'gn': ('group', lambda nf: nn.GroupNorm(math.gcd(2, nf), nf)),
+    'ln': ('layer', partial(nn.GroupNorm, 1))}
 
 # %% ../../nbs/30_nets.net.ipynb #f2b9096d
 def norm_layer(
@@ -93,7 +95,7 @@ def _check_args(n_channels, dropout, n_classes):
     "ValueError for the first argument of a `Net` that is out of range"
     if not _is_int(n_channels) or n_channels < 2 or n_channels % 2:
         raise ValueError(f'n_channels is {n_channels!r}: give an even integer of at least 2, such as 38')
-    if not isinstance(dropout, Real) or isinstance(dropout, bool) or not 0 <= dropout < 1:
+    if not isinstance(dropout, Real) or isinstance(dropout, bool) or not 0 <= dropout < 1:  # type: ignore[operator]
         raise ValueError(f'dropout is {dropout!r}: give a probability in [0, 1), such as 0.1')
     if not _is_int(n_classes) or n_classes < 1:
         raise ValueError(f'n_classes is {n_classes!r}: give an integer of at least 1, such as 10')
@@ -154,4 +156,6 @@ WEIGHTS = Path(str(resources.files('s9_fastai')))/'assets'/'net.safetensors'
 @patch(cls_method=True)
 def pretrained(cls:Net)->Net: # In evaluation mode
     "A `Net()` with the weights that come with the package, trained on CIFAR-10"
-    return load_weights(cls(), WEIGHTS).eval()
+    net = cls()
+    load_weights(net, WEIGHTS)
+    return net.eval()

@@ -88,7 +88,8 @@ def _eval_mode(model):
 def _zeros(input_size, like):
     "A batch of one input of zeros, with the device and dtype of `like`"
     ok = isinstance(input_size, (tuple, list)) and input_size
-    if not ok or not all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0 for n in input_size):
+    if not ok or not all(isinstance(n, Integral) and not isinstance(n, bool) and n > 0  # type: ignore[operator]
+                         for n in input_size):
         shown = 'data' if tensors_in(input_size) else repr(input_size)
         raise ValueError(f'input_size is {shown}: give positive integers, no batch, such as (3, 32, 32), or give '
                          'tensors as input_data')

@@ -7,6 +7,7 @@ __all__ = ['displays', 'fit_roots', 'init_params', 'FitChanges', 'put_changes', 
 
 # %% ../../nbs/63_resume.changed.ipynb #0f7dd076
 import inspect, json
+from typing import Any
 from collections.abc import Mapping
 from functools import partial
 from types import FunctionType
@@ -112,7 +113,9 @@ def since(self:FitChanges,
 
 # %% ../../nbs/63_resume.changed.ipynb #93b5dd06
 def _set(o, k, v):
-    if isinstance(o, FunctionType): o.__closure__[o.__code__.co_freevars.index(k)].cell_contents = v
+    if isinstance(o, FunctionType):
+        cells:Any = o.__closure__
+        cells[o.__code__.co_freevars.index(k)].cell_contents = v
     elif isinstance(o, nn.Module) and isinstance({**o._buffers, **o._parameters}.get(k), torch.Tensor):
         with torch.no_grad(): getattr(o, k).copy_(v)
     elif not isinstance(o, partial): setattr(o, k, v)

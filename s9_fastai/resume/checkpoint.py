@@ -7,11 +7,13 @@ __all__ = ['Checkpoint']
 
 # %% ../../nbs/69_resume.checkpoint.ipynb #d41c8725
 import time
+from typing import Any
 from contextlib import suppress
 from pathlib import Path
 from signal import Signals
 
 from fastai.callback.core import Callback
+from fastai.imports import noop
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from torch.nn.parameter import is_lazy
@@ -23,7 +25,7 @@ from ..core.generators import load_random_state
 from ..core.signals import SignalNote, Stopped
 from .changed import FitChanges, fit_roots, in_workers, init_params, put_changes
 from .compare import ForcedSettings, changed_settings, check_lost, check_settings, describe_changes
-from .compare import warn_lost
+from .compare import refusal, warn_lost
 from .learner import SkipTo, learner_state, load_learner_state, load_model_state
 from .saved import ResumeError, Place, checkpoint_files, checkpoint_name, newest_checkpoint
 from .settings import fit_settings
@@ -33,6 +35,9 @@ from .state import write_state
 class Checkpoint(Callback):
     "Saves the state of a fit in `run_dir`/checkpoints, and resumes a fit from there"
     order = 1000  # after all others: what they do at an event belongs to the state
+    begun:Any
+    pending:Any
+    file_lock:Any
 
     def __init__(self,
         run_dir, # Folder of the run, made if it is not there
@@ -49,12 +54,16 @@ class Checkpoint(Callback):
         # what the present fit found, with its number; attributes that a fit has changed; those that cannot be kept
         self.begun, self.moved, self.lost = (-1, None), set(), []
         self.note, self.file_lock = SignalNote(), None
+        # for a program around the fit: settings that cannot be forced, a checkpoint that it has read already, and what
+        # to do once the fit is known to be resumable
+        self.fixed, self.found, self.after_check = {}, None, noop
 
 # %% ../../nbs/69_resume.checkpoint.ipynb #b1614e0b
 @patch
 def __getstate__(self:Checkpoint):
     "Without what belongs to this process"
-    return {**Callback.__getstate__(self), 'note': SignalNote(), 'file_lock': None, 'begun': (-1, None)}
+    return {**Callback.__getstate__(self), 'note': SignalNote(), 'file_lock': None, 'begun': (-1, None),
+            'found': None, 'after_check': noop}
 
 # %% ../../nbs/69_resume.checkpoint.ipynb #0e121b1f
 @patch(as_prop=True)
@@ -137,11 +146,19 @@ def begin_again(self:Checkpoint):
         self.begun[1].undo(lambda path, o, k: k in init_params(o) and (path, k) not in self.moved)
     self.begun = self.n_fits, FitChanges(fit_roots(self.learn, self.own_cbs()))
 
+# %% ../../nbs/69_resume.checkpoint.ipynb #e8c1e563
+@patch
+def newest(self:Checkpoint):
+    "State and file of the newest checkpoint, as `newest_checkpoint`"
+    found, self.found = self.found, None
+    if found and checkpoint_files(self.folder)[:1] == [found[1]]: return found
+    return newest_checkpoint(self.run_dir)
+
 # %% ../../nbs/69_resume.checkpoint.ipynb #f1e1c198
 @patch
 def find(self:Checkpoint):
     "State and file of the newest checkpoint of this fit or of a later one; None where there is none"
-    found = newest_checkpoint(self.run_dir)
+    found = self.newest()
     return found if found and len(found[0]['fits']) > self.n_fits else None
 
 # %% ../../nbs/69_resume.checkpoint.ipynb #0dd66109
@@ -177,8 +194,9 @@ def before_fit(self:Checkpoint):
     self.learn.remove_cb(SkipTo)
     try:
         self.begin_again()
-        self.fits[self.n_fits:] = [fit_settings(self.learn, is_first=not self.n_fits)]
+        self.fits[self.n_fits:] = [{**fit_settings(self.learn, is_first=not self.n_fits), **self.fixed}]
         self.begin_or_resume()
+        self.after_check()
     except BaseException:
         self.release()
         raise
@@ -191,7 +209,9 @@ def check(self:Checkpoint,
     path, # Its file
 ):
     "`ResumeError` if settings have changed since `state`, or it is incomplete; with `force` a UserWarning"
-    check_settings(self.run_dir, describe_changes(changed_settings(self.learn, state, self.fits)), self.force)
+    found = changed_settings(self.learn, state, self.fits)
+    refused = refusal(self.learn, state, self.fits, found, self.fixed, self.force)
+    check_settings(self.run_dir, describe_changes(found), refused)
     check_lost(path, state['lost'], self.force)
 
 # %% ../../nbs/69_resume.checkpoint.ipynb #c33570dc

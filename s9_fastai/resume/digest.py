@@ -7,6 +7,7 @@ __all__ = ['digest', 'data_digest']
 
 # %% ../../nbs/64_resume.digest.ipynb #4ab6efc1
 import hashlib, os, random
+from typing import Any
 from collections.abc import Mapping
 from pathlib import PurePath
 
@@ -67,7 +68,7 @@ def _spaced(n, most): return range(0, n, max(1, n//most))
 
 def _items(dataset):
     "Items of `dataset` that can be compared; None where it has none"
-    items = getattr(dataset, 'items', None)
+    items:Any = getattr(dataset, 'items', None)
     if hasattr(items, 'iloc'): return [*items.columns, items.iloc[_spaced(len(items), _rows)].to_numpy()]  # a DataFrame
     if not hasattr(items, '__getitem__') or isinstance(items, Mapping): return None
     plain = len(items) and isinstance(items[0], (int, str, PurePath, np.integer))

@@ -7,6 +7,7 @@ __all__ = ['loader_state', 'load_loader_state', 'learner_state', 'load_model_sta
 
 # %% ../../nbs/67_resume.learner.ipynb #56f166fc
 import math
+from typing import Any
 from textwrap import shorten
 
 import torch
@@ -48,7 +49,7 @@ def load_loader_state(
     if batch: dl.epoch -= 1  # the loader counts it again when the epoch starts
 
 # %% ../../nbs/67_resume.learner.ipynb #131ec6cd
-_counters = dict(iter=int, train_iter=int, pct_train=(int, float), loss=(torch.Tensor, float),
+_counters:dict[str, Any] = dict(iter=int, train_iter=int, pct_train=(int, float), loss=(torch.Tensor, float),
                  smooth_loss=(torch.Tensor, float), final_record=(L, list))
 
 def _load_counters(learn, counters):
@@ -203,7 +204,8 @@ def before_epoch(self:SkipTo):
     "Skip an epoch that is over"
     if not in_fit(self.learn): return  # in a callback, or after a fit that was broken off
     if self.learn.epoch >= self.place.epoch: return self.wake()
-    if self.learn.epoch == 0 and hasattr(bars := getattr(self.learn, 'progress', None), 'mbar'): bars.mbar.update(0)
+    bars:Any = getattr(self.learn, 'progress', None)
+    if self.learn.epoch == 0 and hasattr(bars, 'mbar'): bars.mbar.update(0)
     self.silence()
     raise CancelEpochException
 

@@ -6,6 +6,7 @@
 __all__ = ['has_state_dict', 'not_saved', 'is_text', 'object_state', 'put_back', 'check_value', 'load_object_state']
 
 # %% ../../nbs/61_resume.objects.ipynb #bbb647eb
+from typing import Any
 from collections import deque
 from collections.abc import Mapping
 from pathlib import PurePath
@@ -55,8 +56,9 @@ def object_state(
     return state
 
 # %% ../../nbs/61_resume.objects.ipynb #3f702305
-_families = dict(generator=GeneratorState, dict=Mapping, tuple=tuple, list=(list, L), set=(set, frozenset), deque=deque,
-                 number=(bool, int, float, np.generic), tensor=(torch.Tensor, np.ndarray))  # the first is a tuple too
+_families:dict[str, Any] = dict(
+    generator=GeneratorState, dict=Mapping, tuple=tuple, list=(list, L), set=(set, frozenset), deque=deque,
+    number=(bool, int, float, np.generic), tensor=(torch.Tensor, np.ndarray))  # the first is a tuple too
 
 def _family(v):
     "What kind of value `v` is"
@@ -88,8 +90,8 @@ def put_back(
     if isinstance(v, Mapping):
         new = {k: put_back(now.get(k) if isinstance(now, Mapping) else None, x) for k, x in v.items()}
         if not isinstance(now, Mapping): return new
-        now.clear()
-        now.update(new)
+        now.clear()  # type: ignore[attr-defined]
+        now.update(new)  # type: ignore[attr-defined]
         return now
     if not is_collection(v): return v
     if isinstance(now, (set, frozenset)) or isinstance(v, (set, frozenset)): items = [*v]

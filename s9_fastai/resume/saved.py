@@ -80,7 +80,7 @@ def checkpoint_files(
     "The files of checkpoints in `folder`, the last one first"
     found = {p: _name.fullmatch(p.name) for p in Path(folder).glob('*.safetensors')}
     places = {p: [int(o) if o.isdigit() else o for o in m.groups()] for p, m in found.items() if m}
-    return sorted(places, key=places.get, reverse=True)
+    return sorted(places, key=lambda p: places[p], reverse=True)
 
 # %% ../../nbs/66_resume.saved.ipynb #8761755e
 def newest_checkpoint(
@@ -97,3 +97,4 @@ def newest_checkpoint(
             return state, path
     if bad:
         raise ResumeError(f'{run_dir}: none of its {len(bad)} checkpoints is sound: {bad[0]}, or begin a new run')
+    return None

@@ -79,7 +79,8 @@ def _describe_object(o, depth):
         fixed = {} if next(o.parameters(), None) is not None else dict(o.named_buffers())  # as the weights of a loss
         return ' '.join([_plain(repr(o)), *(f'{k}={describe(v)}' for k, v in fixed.items())])
     args = ', '.join(_arguments(given(o), depth))
-    text = _plain(o) if type(o).__repr__ is not object.__repr__ and not hasattr(o, '_default') else ''
+    has_repr = type(o).__repr__ is not object.__repr__  # type: ignore[comparison-overlap]
+    text = _plain(o) if has_repr and not hasattr(o, '_default') else ''
     return ' '.join(filter(None, (text if depth == 0 else '', f'{_name(type(o))}({args})')))
 
 # %% ../../nbs/65_resume.settings.ipynb #11c1b451

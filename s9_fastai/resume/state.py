@@ -7,6 +7,7 @@ __all__ = ['is_collection', 'encode', 'can_encode', 'decode', 'write_state', 're
 
 # %% ../../nbs/60_resume.state.ipynb #d3e85d30
 import json, re
+from typing import Any
 from collections import deque
 from collections.abc import Mapping
 from decimal import Decimal
@@ -63,12 +64,15 @@ _count = re.compile(r'count\((-?[\d.e+-]+)(?:, (-?[\d.e+-]+))?\)')
 
 def _to_number(text): return int(text) if re.fullmatch(r'-?\d+', text) else float(text)
 
-def _to_count(text): return count(*(_to_number(o) for o in _count.fullmatch(text).groups() if o is not None))
+def _to_count(text):
+    return count(*(_to_number(o) for o in _count.fullmatch(text).groups()  # type: ignore[union-attr]
+                   if o is not None))
 
 # by kind: type, value -> text, text -> value
-_texts = {'bytes': (bytes, bytes.hex, bytes.fromhex), 'bytearray': (bytearray, bytearray.hex, bytearray.fromhex),
-          'complex': (complex, repr, complex), 'decimal': (Decimal, str, Decimal), 'count': (count, repr, _to_count),
-          'path': (type(Path()), str, Path)}
+_texts:dict[str, tuple[Any, ...]] = {
+    'bytes': (bytes, bytes.hex, bytes.fromhex), 'bytearray': (bytearray, bytearray.hex, bytearray.fromhex),
+    'complex': (complex, repr, complex), 'decimal': (Decimal, str, Decimal), 'count': (count, repr, _to_count),
+    'path': (type(Path()), str, Path)}
 
 def _encode_text(o):
     "`o` as the text of its kind in `_texts`; None for another type"

@@ -6,6 +6,7 @@
 __all__ = ['Places', 'EMA']
 
 # %% ../../nbs/54_training.ema.ipynb #3a80a302
+from typing import Any
 from numbers import Real
 
 import torch
@@ -46,6 +47,7 @@ def missing(self:Places,
 class EMA(Callback):
     "Validates, and ends a fit, with a moving average of the weights and running statistics over the steps of the fit"
     order = 20  # before callbacks that use the model after a fit, such as SaveModelCallback (60) and Checkpoint
+    places:Any
 
     def __init__(self,
         age:float=0.1, # Mean age of what is averaged, as a part of the fit so far: above 0, up to 0.5 (a plain mean)

@@ -7,6 +7,7 @@ __all__ = ['fold_rows', 'FoldedBatchNorm', 'FastBatchNorm2d', 'FastDropout', 'fa
 
 # %% ../../nbs/50_training.layers.ipynb #05e7c315
 import math
+from typing import Any
 from types import FunctionType
 
 import numpy as np, torch
@@ -95,7 +96,8 @@ def _can_be_fast(layer, x):
 def _call(layer, x):
     "The output of a fast `layer`: by `fast` where it can and `pays`, else by `plain`"
     if isinstance(x, Proxy):
-        return x.tracer.create_proxy('call_module', x.tracer.path_of_module(layer), (x,), {})
+        tracer:Any = x.tracer
+        return tracer.create_proxy('call_module', tracer.path_of_module(layer), (x,), {})
     return layer.fast(x) if _can_be_fast(layer, x) and layer.pays(x) else layer.plain(x)
 
 # %% ../../nbs/50_training.layers.ipynb #e9ea6bd6
@@ -124,9 +126,9 @@ def fast(self:FastBatchNorm2d, x):
     y, mean, var = FoldedBatchNorm.apply(x, self.weight, self.bias, self.eps)
     n = x.numel()//x.shape[1]
     with torch.no_grad():
-        self.num_batches_tracked.add_(1)
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(var*(n/(n - 1)), self.momentum)
+        self.num_batches_tracked.add_(1)  # type: ignore[union-attr]  # `pays` has checked these
+        self.running_mean.lerp_(mean, self.momentum)  # type: ignore[union-attr, arg-type]
+        self.running_var.lerp_(var*(n/(n - 1)), self.momentum)  # type: ignore[union-attr, arg-type]
     return y
 
 # %% ../../nbs/50_training.layers.ipynb #b77c67bb
@@ -146,7 +148,7 @@ class FastDropout(nn.Dropout):
         return not self.inplace and 0 < self.n_drop < 2**16 and x.is_floating_point()
 
     def fast(self, x):
-        seed, n = torch.randint(2**62, ()).item(), x.numel()
+        seed, n = int(torch.randint(2**62, ())), x.numel()
         bits = torch.from_numpy(np.random.SFC64(seed).random_raw(math.ceil(n/4)).view(np.int16)[:n])
         mask = torch.empty_like(x)  # (B, C, H, W) in the memory format of x, without gaps
         flat = mask.as_strided((n,), (1,))

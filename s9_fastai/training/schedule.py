@@ -120,7 +120,8 @@ def _check_epochs(name, value, least=1):
         raise ValueError(f"{name} is {value!r}: it counts whole epochs; give an integer of at least {least}")
 
 def _check_factor(name, value, most=float('inf')):
-    if isinstance(value, bool) or not isinstance(value, Real) or not isfinite(value) or not 0 < value <= most:
+    if (isinstance(value, bool) or not isinstance(value, Real) or not isfinite(value)
+            or not 0 < value <= most):  # type: ignore[operator]  # mypy has no numbers.Real
         span = 'a finite number above 0' if most == float('inf') else f'a number above 0 and up to {most}'
         raise ValueError(f"{name} is {value!r}: it is a factor; give {span}, such as 0.5")
 
@@ -143,7 +144,7 @@ class StepLR(RateSchedule):
     def __init__(self,
         step_size:int=25, # Whole epochs from one step to the next, at least 1
         gamma:float=0.5, # Factor of a step, above 0; below 1 the rate falls
-        milestones:list|tuple=None, # Epochs after which the steps come, rising, in place of `step_size`; `None`: none
+        milestones:list|tuple|None=None, # Epochs after which steps come, rising, in place of `step_size`; `None`: none
         warmup:int=0, # Whole epochs in which the rate rises in a line to its base, before the steps count; 0: none
         start_factor:float=1/3 # Part of the base that the first epoch of a warm-up has, above 0 and up to 1
     ):
@@ -192,7 +193,7 @@ def rate(self:StepLR,
 @delegates(StepLR)
 def fit_step(self:Learner,
     n_epoch:int, # Number of epochs, counted from 0 also with a `start_epoch`
-    lr:float|slice|list=None, # Base learning rate, or one for each parameter group; `None` means the Learner's own
+    lr:float|slice|list|None=None, # Base learning rate, or one for each parameter group; `None` means the Learner's own
     wd:float=None, # Weight decay; `None` means the Learner's own
     cbs:list=None, # Callbacks for this fit only
     reset_opt:bool=False, # Make a new optimizer first?
