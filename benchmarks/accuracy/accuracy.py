@@ -22,7 +22,7 @@ from s9_fastai.cifar.load import load_cifar
 from s9_fastai.data.loader import hold_out
 from s9_fastai.app.recipe import Recipe
 from s9_fastai.nets.tta import FlipTTA
-from s9_fastai.app.run import kept_source, read_run, run_net
+from s9_fastai.app.run import open_run
 
 
 def saved(folder): return json.loads((folder/'recipe.json').read_text())
@@ -67,13 +67,13 @@ def seconds(times):
 
 def mirrored(folder):
     "Accuracy in % of the weights of the run in `folder`, on the images that validated it, with flip TTA"
-    recipe, about = read_run(folder)
-    data = load_cifar(kept_source(folder, about))
+    run = open_run(folder)
+    recipe, data = run.recipe, load_cifar(run.kept_source())
     images, labels = data.test.images, data.test.labels
     if recipe.held_out:
         at = hold_out(data.train.labels, recipe.held_out)
         images, labels = data.train.images[at], data.train.labels[at]
-    return 100*float(recognised(FlipTTA(run_net(folder)), images, labels).mean())
+    return 100*float(recognised(FlipTTA(run.net()[0]), images, labels).mean())
 
 
 def line(what, folders, failed, jobs):

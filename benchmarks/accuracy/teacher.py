@@ -91,7 +91,7 @@ def main():
     args.keep.parent.mkdir(parents=True, exist_ok=True)
     learn, start = make_learner(args), perf_counter()
     learn.fit(args.epochs)
-    about = dict(data_key=learn.dls.data_key, held_out=str(args.held_out))
+    about = dict(data_key=learn.dls.source.key, held_out=str(args.held_out))
     train = load_cifar(args.data).train
     teacher_logits = predict_logits(learn.model, train.images, **about)
     teacher_logits.save(args.keep)

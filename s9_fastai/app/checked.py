@@ -22,7 +22,8 @@ def field_kind(
     f:Field, # Of a `checked` class
 )->Any: # int, float, str or bool; without `None`
     "The type of the values of `f`"
-    t:Any = next((o for o in get_args(f.type) if o is not type(None)), f.type) if get_origin(f.type) is not Annotated else f.type
+    t:Any = f.type
+    if get_origin(t) is not Annotated: t = next((o for o in get_args(t) if o is not type(None)), t)
     return get_args(t)[0] if get_origin(t) is Annotated else t
 
 # %% ../../nbs/70_app.checked.ipynb #ba5ec4bf

@@ -23,7 +23,7 @@ def check_batches(
 ):
     "A ValueError where batch norm would get a training batch of one image, or where there is no batch"
     bs = getattr(dls.train, 'bs', None)
-    if not bs or not isinstance(dls.train.dataset, Sized): return  # a stream, or batches of the user's own, have no count
+    if not bs or not isinstance(dls.train.dataset, Sized): return  # a stream, or own batches
     n = len(dls.train.dataset)
     if dls.train.drop_last and n < bs:
         raise ValueError(f'bs is {bs}, but there are only {n} training images, and a batch that is not full is left '

@@ -59,8 +59,8 @@ def _pretrained_net(recipe, dls):
     "The network in the package; a ValueError unless it is that of `recipe` and has the classes of `dls`"
     (net, spec), (n, norm), own = load_net(), (recipe.n_channels, recipe.norm), get_recipe()
     if tuple(getattr(dls, 'vocab', spec.classes)) != spec.classes or n_outputs(dls) != len(spec.classes):
-        raise ValueError(f'the pretrained weights are of the {len(spec.classes)} classes of CIFAR-10, but these loaders '
-                         f'have {n_outputs(dls)} others: leave pretrained out')
+        raise ValueError(f'the pretrained weights are of the {len(spec.classes)} classes of CIFAR-10, but these '
+                         f'loaders have {n_outputs(dls)} others: leave pretrained out')
     if (n, norm) != (own.n_channels, own.norm):
         raise ValueError(f'the pretrained weights are of n_channels={own.n_channels} and norm={own.norm!r}, but the '
                          f'recipe has {n} and {norm!r}: leave these or pretrained out')

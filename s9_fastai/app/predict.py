@@ -112,7 +112,8 @@ def s9_predict(
     if not images: raise BadInput('no image: name one or more files')
     if top < 1: raise BadInput(f'top is {top}, but must be at least 1')
     predictor, pairs, errors = _read_images(images, run)
-    if top > (n := len(predictor.spec.classes)): raise BadInput(f'top is {top}, but must be 1 to {n}, the number of classes')
+    n = len(predictor.spec.classes)
+    if top > n: raise BadInput(f'top is {top}, but must be 1 to {n}, the number of classes')
     found = predictor.probabilities([x for _, x in pairs])
     for (name, _), probs in zip(pairs, found):
         best = sorted(probs.items(), key=lambda o: -o[1])[:top]

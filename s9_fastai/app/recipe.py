@@ -45,7 +45,8 @@ _part, _rate = Interval(ge=0, lt=1), Interval(ge=1e-12, lt=_top)
 @checked
 class Recipe:
     "What a training run does; a ValueError, at once, where a value is not allowed"
-    n_channels:Annotated[int, Interval(ge=2, le=1024)] = _default(Net, 'n_channels')  # Channels of the wide layers, an even number
+    # Channels of the wide layers, an even number
+    n_channels:Annotated[int, Interval(ge=2, le=1024)] = _default(Net, 'n_channels')
     norm:str = _default(Net, 'norm')  # Normalisation
     dropout:Annotated[float, _part] = _default(Net, 'dropout')  # Dropout probability
     policy:str = _default(cifar_dls, 'policy')  # Augmentation of the training images; reference is the experiment's
@@ -64,7 +65,8 @@ class Recipe:
     ema:Annotated[float, Interval(ge=0, lt=0.5)] = 0.  # EMA horizon as a fraction of training, 0 for no EMA
     sched:str = _default(lr_scheduler, 'mode')  # How lr changes
     pct_start:Annotated[float, _part] = _default(lr_scheduler, 'pct_start')  # Warm-up fraction of a triangle
-    step_size:Annotated[int, Interval(ge=1, le=1_000_000)] = _default(StepLR, 'step_size')  # Epochs from one step to the next
+    # Epochs from one step to the next
+    step_size:Annotated[int, Interval(ge=1, le=1_000_000)] = _default(StepLR, 'step_size')
     gamma:Annotated[float, _rate] = _default(StepLR, 'gamma')  # Factor of a step, below 1 for a plateau
 
     def __post_init__(self):
@@ -130,8 +132,8 @@ def distill_cbs(self:Recipe,
 # %% ../../nbs/71_app.recipe.ipynb #48bf43b2
 def field_values()->dict: # Such as `0 to below 1`, or `'fast' (…) or 'plain' (…)`, by field
     "What each field of a `Recipe` takes, as a text"
-    return {f.name: listed(CHOICES[f.name]) if f.name in CHOICES else range_text(field_range(f))  # type: ignore[arg-type]
-            for f in fields(Recipe)}
+    ranges = {f.name: range_text(r) for f in fields(Recipe) if (r := field_range(f))}
+    return {f.name: listed(CHOICES[f.name]) if f.name in CHOICES else ranges[f.name] for f in fields(Recipe)}
 
 # %% ../../nbs/71_app.recipe.ipynb #d5233fb1
 _fast = Recipe(dropout=0., policy='flip_crop', augment='batch', epochs=11, opt='muon', lr=0.3, wd=1e-3,
@@ -147,8 +149,8 @@ def _check_use(old, new):
     "A ValueError for a field that has changed from `old` to `new` and that the schedule does not use"
     for k, ok in _used_by.items():
         if (v := getattr(new, k)) == getattr(old, k) or new.sched in ok: continue
-        raise ValueError(f'{k} is {v!r}, but sched is {new.sched!r}, which does not use it: leave it out, or take sched '
-                         f'{" or ".join(map(repr, ok))}')
+        raise ValueError(f'{k} is {v!r}, but sched is {new.sched!r}, which does not use it: leave it out, or take '
+                         f'sched {" or ".join(map(repr, ok))}')
 
 def get_recipe(
     recipe='stated', # Name of a recipe, or a `Recipe`

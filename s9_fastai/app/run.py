@@ -116,7 +116,7 @@ def write(self:Run,
     source, # The `Source` of the loaders
     teacher_logits=None, # Of its teacher; None where there is none
 ):
-    "Write `recipe.json`, after the teacher's logits: a folder without a recipe counts as unused; an OSError as `naming`"
+    "Write the teacher's logits, then `recipe.json`: a folder without one counts as unused; an OSError as `naming`"
     device = self.options.torch_device()
     dtype = autocast_dtype(device) if self.recipe.compute == 'fast' else torch.float32
     teacher = {'teacher': teacher_logits.key} if teacher_logits else {}
@@ -197,4 +197,5 @@ def kept_source(self:Run)->str|None: # For `load_cifar`; None where it is not re
     except ValueError as e: raise ValueError(f'{shown(file)}: {e}; remove it, and give --data') from e
     if not isinstance(path, str): raise ValueError(f'{shown(file)}: no path in it; remove it, and give --data')
     if path == 'sample' or os.path.exists(path): return path
-    raise ValueError(f"the run's images were at {shown(path)}, where there is nothing now: name their place with --data")
+    raise ValueError(f"the run's images were at {shown(path)}, where there is nothing now: name their place with "
+                     '--data')

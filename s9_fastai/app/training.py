@@ -157,7 +157,8 @@ def _end(learn, run, is_over):
     written = finish(learn, run.path)
     if not is_over: return print(*closing_lines(learn, run.path), sep='\n')
     files = f'; written anew: {", ".join(written)}' if written else ', and its files are as they were'
-    print(f'{shown(run.path)} is finished: it has had its {epochs_text(learn.recipe.epochs)}{files}. --epochs makes it longer')
+    n = epochs_text(learn.recipe.epochs)
+    print(f'{shown(run.path)} is finished: it has had its {n}{files}. --epochs makes it longer')
 
 def train_run(
     learn, # From `start_run` or `resume_run`

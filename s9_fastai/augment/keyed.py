@@ -36,7 +36,7 @@ def _place(s):
 # %% ../../nbs/11_augment.keyed.ipynb #4c0772ef
 class KeyedDL(TfmdDL):
     "A `TfmdDL` whose order depends on (seed, epoch) and whose draws for an item on (seed, epoch, item) alone"
-    not_saved:tuple = ('seed', 'epoch', 'n_new', 'nth', 'begin', 'drawn', 'making')  # a checkpoint keeps the first three
+    not_saved:tuple = ('seed', 'epoch', 'n_new', 'nth', 'begin', 'drawn', 'making')  # the first three are saved
     making = False  # a batch at this moment?
 
     def __init__(self,

@@ -23,13 +23,15 @@ class ImageSpec:
 
     def __post_init__(self):
         for nm in ('classes', 'mean', 'std'): object.__setattr__(self, nm, tuple(getattr(self, nm)))
-        if fault := self._fault(): raise ValueError(f'{fault}: give classes as names, size as pixels, mean and std by channel')
+        if fault := self._fault():
+            raise ValueError(f'{fault}: give classes as names, size as pixels, mean and std by channel')
 
     def _fault(self):
         if not self.classes or not all(isinstance(c, str) for c in self.classes): return f'classes is {self.classes!r}'
         if type(self.size) is not int or self.size < 1: return f'size is {self.size!r}'
-        if not all(isinstance(o, (int, float)) for o in self.mean + self.std): return f'mean is {self.mean!r}, std {self.std!r}'
-        if len(self.mean) != len(self.std) or min(self.std, default=0) <= 0: return f'mean is {self.mean!r}, std {self.std!r}'
+        are_numbers = all(isinstance(o, (int, float)) for o in self.mean + self.std)
+        if not are_numbers or len(self.mean) != len(self.std) or min(self.std, default=0) <= 0:
+            return f'mean is {self.mean!r}, std {self.std!r}'
 
 # %% ../../nbs/09_core.spec.ipynb #e0d9875f
 @patch
@@ -44,7 +46,8 @@ def of_header(cls:ImageSpec,
 )->ImageSpec:
     "The `ImageSpec` in a header; a ValueError where a field is missing or of another kind"
     try: return cls(**{f.name: json.loads(about[f.name]) for f in fields(cls)})
-    except (KeyError, TypeError, ValueError, RecursionError) as e: raise ValueError(f'no image spec in the header ({e!r})') from e
+    except (KeyError, TypeError, ValueError, RecursionError) as e:
+        raise ValueError(f'no image spec in the header ({e!r})') from e
 
 # %% ../../nbs/09_core.spec.ipynb #8e0994ac
 @patch

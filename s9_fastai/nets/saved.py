@@ -29,7 +29,8 @@ def _architecture(about):
     found = json.loads(about.get('architecture', 'null'))
     if not isinstance(found, dict) or not all(isinstance(v, (int, float, str)) for v in found.values()):
         raise ValueError('no architecture in the header')
-    if not 2 <= found.get('n_channels', 2) <= 1024: raise ValueError(f'n_channels is {found["n_channels"]}, allowed are 2 to 1024')
+    n = found.get('n_channels', 2)
+    if not 2 <= n <= 1024: raise ValueError(f'n_channels is {n}, allowed are 2 to 1024')
     return found
 
 def load_net(
@@ -40,7 +41,9 @@ def load_net(
     try:
         spec, net = ImageSpec.of_header(about), Net(**_architecture(about))
         check_weights(net, tensors)
-        if net.fc.out_features != len(spec.classes): raise ValueError(f'{len(spec.classes)} classes for {net.fc.out_features} logits')
-    except (TypeError, ValueError, RecursionError) as e: raise ValueError(f'{path}: {e}; use a file that s9_fastai has written') from e
+        n, n_logits = len(spec.classes), net.fc.out_features
+        if n != n_logits: raise ValueError(f'{n} classes for {n_logits} logits')
+    except (TypeError, ValueError, RecursionError) as e:
+        raise ValueError(f'{path}: {e}; use a file that s9_fastai has written') from e
     net.load_state_dict(tensors)
     return net.eval(), spec

@@ -82,7 +82,7 @@ def restore(self:Autocast):
 def forward(self:Autocast, *args, **kwargs):
     "The model's `forward` in autocast, for one call"
     try:
-        with torch.autocast(self.kind, self.dtype): return self.plain(*args, **kwargs)  # type: ignore[misc]  # until `restore`
+        with torch.autocast(self.kind, self.dtype): return self.plain(*args, **kwargs)  # type: ignore[misc]
     finally: self.restore()
 
 # %% ../../nbs/51_training.fast.ipynb #eae58905

@@ -40,7 +40,7 @@ def hidden_matrices(
 
 # %% ../../nbs/53_training.muon.ipynb #9f8a1495
 class FastMuon(FastSGD):
-    "Muon for `hidden_matrices`; Nesterov's momentum for the first and the last layer, depthwise convolutions, norms and biases"
+    "Muon for `hidden_matrices`; Nesterov's momentum for first and last layer, depthwise filters, norms and biases"
     def __init__(self,
         params, # As for `FastSGD`
         lr:float|slice, # Learning rate of both kinds, one or one for each group
