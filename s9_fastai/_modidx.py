@@ -1007,6 +1007,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                          's9_fastai/resume/settings.py'),
                                            's9_fastai.resume.settings._describe_object': ( 'resume.settings.html#_describe_object',
                                                                                            's9_fastai/resume/settings.py'),
+                                           's9_fastai.resume.settings._describe_partial': ( 'resume.settings.html#_describe_partial',
+                                                                                            's9_fastai/resume/settings.py'),
                                            's9_fastai.resume.settings._describe_tensor': ( 'resume.settings.html#_describe_tensor',
                                                                                            's9_fastai/resume/settings.py'),
                                            's9_fastai.resume.settings._device': ( 'resume.settings.html#_device',

@@ -36,8 +36,8 @@ def _check_call(dls, kwargs, run_dir, save_every, force):
     for k in {f.name for f in fields(Recipe)} & {*kwargs} - {*inspect.signature(Learner).parameters}:
         raise ValueError(f'{k} is a field of the recipe: give get_recipe("stated", {k}={kwargs[k]!r}) as the recipe')
     if run_dir is None and (save_every is not None or force):
-        raise ValueError(f'save_every is {save_every} and force is {force}, but there is no run to save or to go on '
-                         'with: give a run_dir')
+        raise ValueError(f'save_every is {save_every} and force is {force}, but there is no run to save or to '
+                         'resume: give a run_dir')
 
 def _check_rates(recipe, cbs):
     for cb in L(cbs) if recipe.sched != 'none' else ():
@@ -45,6 +45,7 @@ def _check_rates(recipe, cbs):
             raise ValueError(f'{type(cb).__name__} in cbs sets the learning rate, and so does sched {recipe.sched!r} '
                              'of the recipe: give get_recipe("stated", sched="none") as the recipe, or leave it out')
 
+# %% ../../nbs/73_app.learner.ipynb #617a9bd7
 def _warn_of_loaders(dls, recipe):
     "A UserWarning for settings of the recipe that its loaders were not made with"
     source, own = image_source(dls), get_recipe()
@@ -72,15 +73,14 @@ def _pretrained_net(recipe, dls):
 def s9_learner(
     dls:DataLoaders, # From `cifar_dls`, or others of colour images with classes, of 31 pixels or more
     recipe='stated', # Name of a recipe, or a `Recipe`; its `bs`, `policy`, `augment` and `held_out` are for `cifar_dls`
-    run_dir=None, # Folder for log, history and checkpoints of a new run or one to go on with; None: none are written
+    run_dir=None, # Folder for log, history and checkpoints of a new run or one to resume; None: none are written
     save_every:int|None=None, # Save a checkpoint after so many batches too; None: after each epoch
-    force:bool=False, # Go on although settings have changed since the run in `run_dir` stopped?
+    force:bool=False, # Resume although settings have changed since the run in `run_dir` stopped?
     teacher_logits:TeacherLogits|None=None, # From `predict_logits`, for a recipe with `distill`; None: the package's
-    pretrained:bool=False, # Begin with the weights that come with the package? A ValueError if they do not fit
+    pretrained:bool=False, # Begin with the weights in the package?
     **kwargs # For `Learner`, such as `cbs` or `path`, or `opt_func` in place of the recipe's
 )->Learner:
-    """A `Learner` that follows `recipe` on `dls`: `learn.fit(100)` is the experiment, or the rest of it. ValueError for
-    what does not go together; a UserWarning where `cifar_dls` made other loaders than the recipe asks for"""
+    "A `Learner` that follows `recipe` on `dls`: `learn.fit(100)` is the experiment, or the rest of it"
     recipe = get_recipe(recipe)
     _check_call(dls, kwargs, run_dir, save_every, force), _check_rates(recipe, kwargs.get('cbs'))
     check_batches(dls, recipe)
