@@ -176,3 +176,22 @@ def test_nothing_speaks_of_one_machine():
 def test_lines_fit_the_screen(module):
     lines = module.read_text(encoding='utf-8').split('\n')
     assert [i for i, ln in enumerate(lines, 1) if len(ln) > 120 and '__all__' not in ln] == []
+
+
+# How the notebooks are written
+
+sys.path.insert(0, str(root/'tools'))
+from shape import cells, complexity, count  # noqa: E402
+
+shapes = {nm: [row for row in count(found)] for nm, found in cells(root)}
+
+
+def test_each_exported_cell_has_prose_before_it_and_one_public_symbol():
+    assert len(shapes) > 50 and sum(map(len, shapes.values())) > 400
+    assert {nm: sum(bare for _, _, _, bare, _ in rows) for nm, rows in shapes.items() if any(row[3] for row in rows)} == {}
+    assert {nm: [n for *_, n in rows] for nm, rows in shapes.items() if any(row[4] > 1 for row in rows)} == {}
+
+
+def test_no_function_is_complex():
+    found = {k: v for p in (root/'s9_fastai').rglob('*.py') if p.name[0] != '_' for k, v in complexity(p).items()}
+    assert len(found) > 400 and {k: v for k, v in found.items() if v > 10} == {}

@@ -181,7 +181,7 @@ def quietly(make):
 @pytest.mark.parametrize('place', ['train', 'valid'])
 def test_an_unknown_argument_is_an_error(make, name, place):
     pipe = quietly(make)
-    with pytest.raises(ValueError, match=f'does not know {name}: its arguments are '):
+    with pytest.raises(ValueError, match=f'has no argument {name}: its arguments are '):
         AlbumentationsTransform(**{'train': A.Compose([]), place: pipe})
 
 

@@ -210,8 +210,8 @@ read = {  # fault: options, and what the message says
     'a huge Net': ('--n-channels 2147483648', 'n_channels is 2147483648, but must be 2 to 1024'),
     'a seed that is too large': ('--seed 4294967296', 'seed is 4294967296, but must be 0 to 4294967295'),
     'no batch to save after': ('--save-every 0', 'save_every is 0, but must be 1 to 999999'),
-    'an empty value': ('--out=', "out is '', which names nothing; give a path, '.' for the current folder"),
-    'an empty folder to go on in': ('--resume=', "resume is '', which names nothing"),
+    'an empty value': ('--out=', "out is '', an empty text; give a path, '.' for the current folder"),
+    'an empty folder to go on in': ('--resume=', "resume is '', an empty text"),
     'a non-ASCII value': ('--lr ü', "argument --lr: 'ü' is not a number"),
     'not a number (nan)': ('--lr nan', 'lr is nan, but must be 1e-12 to below 1000'),
     'an infinite number': ('--wd 1e400', 'wd is inf, but must be 0 to below 1000'),
@@ -229,11 +229,11 @@ read = {  # fault: options, and what the message says
     'a folder in a folder in …, a thousand times': ('--out ' + 'a/'*1500, 'cannot be written'),
     'a file in the place of the folder': (f'--out {__file__}', 'which is a file: name a folder'),
     'another folder than a new one': (f'--out {Path(__file__).parent}', 'a folder that is not empty: name another one (see'),
-    'a weight for a teacher, but none for these images': ('--distill 0.9', 'the teacher in the package: a teacher of other images than these: take one trained on the same data'),
+    'a weight for a teacher, but none for these images': ('--distill 0.9', 'the teacher in the package: this teacher was trained on other images: take one trained on the same data'),
     'an option that the schedule has no use for': ('--recipe fast --step-size 3', "step_size is 3, but sched is 'triangle', which has no use for it: leave it out, or take sched 'step'"),
     'a teacher that is nowhere': ('--distill 0.9 --teacher nowhere', 'nowhere: no recipe.json there; name the folder of a run of s9_train'),
-    'a teacher, but no weight for it': ('--teacher nowhere', '--teacher goes with a weight for its logits: add --distill 0.9'),
-    'a new run, forced': ('--force', '--force goes with --resume: a new run has nothing to force'),
+    'a teacher, but no weight for it': ('--teacher nowhere', '--teacher needs a distillation weight: add --distill 0.9'),
+    'a new run, forced': ('--force', '--force needs --resume: a new run has no settings to keep'),
 }
 
 
@@ -276,8 +276,8 @@ def test_a_teacher_that_is_not_finished(copy, fault):
 
 def test_a_teacher_of_other_images(copy, fault):
     message = refusal('s9_train', *taught(as_teacher(copy), '--data', 'others'))
-    assert 'a teacher of other images than these: take one trained on the same data' in message
-    fault('command', 'a teacher of other images', message)
+    assert 'this teacher was trained on other images: take one trained on the same data' in message
+    fault('command', 'this teacher was trained on other images', message)
 
 
 def test_a_teacher_that_has_seen_what_is_held_out(copy, fault):

@@ -157,7 +157,7 @@ def test_folders(tiny, refusal, fault, what):
     change(tiny)
     message = refusal(tiny)
     assert message.startswith(f'{tiny}: ') and msg in message
-    if 'symbolic' in msg: assert message.endswith('; see to its permissions, links and disk')
+    if 'symbolic' in msg: assert message.endswith('; check its permissions, links and disk')
     fault('images', what, message)
 
 
@@ -249,7 +249,7 @@ def test_permissions(tmp_path, monkeypatch, fault):
 # Paths that are none
 
 no_paths = {
-    'an empty path': ('', "the path of CIFAR-10 is '', which names nothing; give a path, '.' for the current folder"),
+    'an empty path': ('', "the path of CIFAR-10 is '', an empty text; give a path, '.' for the current folder"),
     'the home of nobody': ('~nobody-of-this-name/x', 'there is no such home folder'),
     'a path with a zero byte': ('a\0b', 'a\\x00b: no such file or folder; give one with CIFAR-10, or the word "sample"'),
     'a path that is too long': ('x'*5000, 'File name too long'),
@@ -273,7 +273,7 @@ def test_no_paths(tmp_path, monkeypatch, refusal, fault, what):
 def test_an_empty_cache_dir(tiny, tmp_path, monkeypatch, refusal, fault):
     monkeypatch.chdir(tmp_path)
     message = refusal(tiny, cache='')
-    assert message.startswith("cache_dir is '', which names nothing")
+    assert message.startswith("cache_dir is '', an empty text")
     fault('images', 'an empty path of the cache', message)
 
 
@@ -668,7 +668,7 @@ def evil_batches(folder):
 
 
 commands = {  # what: group, data, message
-    "s9_train --data ''": ('images', lambda d: '', "the path of CIFAR-10 is '', which names nothing"),
+    "s9_train --data ''": ('images', lambda d: '', "the path of CIFAR-10 is '', an empty text"),
     's9_train on a pipe': ('images', lambda d: os.mkfifo(d.parent/'pipe') or 'pipe', 'pipe: not a file or a folder'),
     's9_train on an animated image named with a newline': (
         'images', lambda d: (d/'test'/'cat'/'1_\n.png').write_bytes(animation()) and d, 'test/cat/1_\\n.png: an animation, only'),

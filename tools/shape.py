@@ -9,8 +9,6 @@ import sys
 from pathlib import Path
 from statistics import median
 
-from mccabe import PathGraphingAstVisitor
-
 exported = re.compile(r'#\| *exporti?\b')
 
 
@@ -47,6 +45,7 @@ def count(notebook):
 
 
 def complexity(path):
+    from mccabe import PathGraphingAstVisitor  # not needed to count cells
     visitor = PathGraphingAstVisitor()
     visitor.preorder(ast.parse(path.read_text(encoding='utf-8')), visitor)
     return {f'{path.stem}.{g.entity}': g.complexity() for g in visitor.graphs.values()}

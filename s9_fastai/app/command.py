@@ -31,7 +31,7 @@ class RunFailed(RuntimeError): "A run that ended early; the message has the reas
 def plain_message(
     e:BaseException, # Any error
 )->str: # Such as `the loss is nan in …`
-    "The message of `e` in one line, without what fastai puts before that of a callback and what torch adds of a worker"
+    "The message of `e` in one line, without fastai's prefix for a callback and torch's traceback of a worker"
     msg = re.sub(r'^Exception occured in `\w+` when calling event `\w+`:', '', str(e)).strip()
     return ' '.join(msg.split('\nOriginal Traceback')[0].split()) or type(e).__name__
 
@@ -39,7 +39,7 @@ def plain_message(
 def in_one_line(
     msg, # Any text or error
 )->str: # Such as `out is 'run', which is a file: name a folder`
-    "`msg` for a terminal: what is no printable character is escaped, and the middle of what is endless left out"
+    "`msg` for a terminal: unprintable characters are escaped, and the middle of very long words is left out"
     return re.sub(r'\S{300,}', lambda m: f'{m[0][:100]}…{m[0][-50:]}', shown(' '.join(str(msg).split())))
 
 # %% ../../nbs/74_app.command.ipynb #ee6bc690
@@ -72,7 +72,7 @@ def recipe_options(
     from s9_fastai.app.checked import field_kind
     from s9_fastai.app.recipe import Recipe, field_values  # here, since it loads torch, and the commands begin without
     docs, values = docments(Recipe), field_values()
-    group = parser.add_argument_group("fields of the recipe; default: the value of the recipe [in brackets: of stated]")
+    group = parser.add_argument_group("fields of the recipe; default: the value in the recipe [in brackets: in stated]")
     for f in fields(Recipe):
         if names is None or f.name in names:
             kind = field_kind(f)
@@ -94,7 +94,7 @@ def _add_values(option, text):
 def command_parser(
     func, # Its parameters and their comments are the options
     names=None, # Fields of the recipe that are options too; None: all
-    values=None, # What parameters of `func` take, a text for each, for their help; None: no texts
+    values=None, # Allowed values of parameters of `func`, texts for the help; None: no texts
 ): # An argparse parser
     "The parser for the command line of `func`; its errors end in `complain`"
     p = anno_parser(func, prog=func.__name__)

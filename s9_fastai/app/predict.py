@@ -81,7 +81,7 @@ def class_probabilities(
 
 # %% ../../nbs/79_app.predict.ipynb #ed205293
 def _each(todo, do):
-    "`do` of each of `todo`, in one list, and the errors of those that it refused"
+    "The results of `do` for each of `todo`, in one list, and the errors that it raised"
     done, errors = [], []
     for o in todo:
         try: done += do(o)
@@ -104,11 +104,11 @@ def _read_images(images, run):
 
 # %% ../../nbs/79_app.predict.ipynb #83f273ae
 def s9_predict(
-    *images:str, # Image files of any usual kind and size, or folders of them; the middle square is used
+    *images:str, # Image files of any usual format and size, or folders of them; the middle square is used
     top:int=3, # Classes to print for each image, 1 or more
     run:str=None, # Folder of a finished run of s9_train; default: the weights in the package
 ): # Probabilities of each image, by class name
-    "Classify images with the weights of a run, or with those in the package, with the ten classes of CIFAR-10"
+    "Classify images into the ten classes of CIFAR-10, with the weights of a run or those in the package"
     if not images: raise BadInput('no image: name one or more files')
     if top < 1: raise BadInput(f'top is {top}, but must be at least 1')
     predictor, pairs, errors = _read_images(images, run)

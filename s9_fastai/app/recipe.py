@@ -53,21 +53,21 @@ class Recipe:
     augment:str = _default(cifar_dls, 'augment')  # How the images are augmented
     compute:str = 'fast'  # Layers and dtype
     bs:Annotated[int, Interval(ge=1, le=2**20)] = _default(cifar_dls, 'bs')  # Images a batch
-    # Training images that validate in place of the test images, a multiple of 10
+    # Training images held out for validation in place of the test images, a multiple of 10
     held_out:Annotated[int, Interval(ge=0, le=24_990)] = _default(cifar_dls, 'held_out')
     epochs:Annotated[int, Interval(ge=1, le=99_999)] = 100  # Number of epochs
-    lr:Annotated[float, _rate] = 0.05  # Learning rate of the first epoch, or at the top of a triangle
+    lr:Annotated[float, _rate] = 0.05  # Learning rate of the first epoch, or the highest of a triangle
     mom:Annotated[float, _part] = 0.9  # Momentum, of SGD or Muon
     opt:str = 'sgd'  # Optimizer
-    wd:Annotated[float, Interval(ge=0, lt=1000)] = 0.  # Weight decay, fastai's decoupled kind, not for norms and biases
+    wd:Annotated[float, Interval(ge=0, lt=1000)] = 0.  # Decoupled weight decay, not for norms and biases
     label_smoothing:Annotated[float, _part] = 0.  # Label smoothing, in validation losses too
     distill:Annotated[float, _part] = 0.  # Weight of the distillation loss, 0 for no teacher
     ema:Annotated[float, Interval(ge=0, lt=0.5)] = 0.  # EMA horizon as a fraction of training, 0 for no EMA
-    sched:str = _default(lr_scheduler, 'mode')  # How lr changes
+    sched:str = _default(lr_scheduler, 'mode')  # Learning-rate schedule
     pct_start:Annotated[float, _part] = _default(lr_scheduler, 'pct_start')  # Warm-up fraction of a triangle
     # Epochs from one step to the next
     step_size:Annotated[int, Interval(ge=1, le=1_000_000)] = _default(StepLR, 'step_size')
-    gamma:Annotated[float, _rate] = _default(StepLR, 'gamma')  # Factor of a step, below 1 for a plateau
+    gamma:Annotated[float, _rate] = _default(StepLR, 'gamma')  # Factor of lr at each step, below 1 for plateau
 
     def __post_init__(self):
         for nm in ('compute', 'opt', 'sched'): check_choice(nm, getattr(self, nm), [*CHOICES[nm]])

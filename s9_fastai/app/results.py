@@ -16,7 +16,6 @@ from .command import BadInput, RunFailed, plain_message
 from ..core.files import replacing
 from ..core.signals import Stopped
 from ..core.text import shown
-from ..core.weights import read_tensors
 from ..nets.saved import save_net
 from ..report.mistakes import plot_misclassified
 from ..report.plots import plot_curves
@@ -31,18 +30,14 @@ def print_epoch(
     print(f'epoch {log[0]:3d}', *map(cell, recorder.metric_names[1:], log[1:]), sep='  ', flush=True)
 
 # %% ../../nbs/76_app.results.ipynb #1fc7271a
-def _content(path):
-    "What two files of one result have in common"
-    return read_tensors(path, need_checksum=True)[1] if path.suffix == '.safetensors' else path.read_bytes()
-
 def replace_changed(
     new:Path, # A file, complete
     old:Path, # Where it belongs; there may be nothing, something else, or the same already
 )->bool: # Was it written?
     "Put the content of `new` at `old`, and leave what is there untouched where it is the same; an OSError as `naming`"
     try:
-        if _content(old) == _content(new): return False
-    except (OSError, ValueError): pass  # it is missing, or damaged
+        if old.read_bytes() == new.read_bytes(): return False
+    except OSError: pass  # it is missing
     with replacing(old) as f: f.write_bytes(new.read_bytes())
     return True
 

@@ -42,14 +42,14 @@ class RunOptions:
     seed:Annotated[int, Interval(ge=0, le=2**32 - 1)] = 42 # Fixes weights, order, augmentation and dropout
     workers:Annotated[int, Interval(ge=0, le=MAX_WORKERS)] = 0 # Worker processes for data loading; 0: the main process
     device:str|None = None # Such as 'cpu' or 'cuda:1'; None: the GPU if there is one, else the CPU
-    save_every:Annotated[int, Interval(ge=1, le=999_999)]|None = None # Batches between two checkpoints; None: an epoch
-    deterministic:bool = False # Use only algorithms of torch that repeat to the bit?
+    save_every:Annotated[int, Interval(ge=1, le=999_999)]|None = None # Save every N batches too; None: each epoch
+    deterministic:bool = False # Use only deterministic algorithms of torch?
 
     def torch_device(self)->torch.device: return get_device(self.device)
 
 # %% ../../nbs/77_app.run.ipynb #509b1da0
 def option_values()->dict: # Such as `0 to 256`, by option
-    "What the options of `s9_train` take that are no fields of a recipe, as texts"
+    "Allowed values of those options of `s9_train` that are not recipe fields, as texts"
     ranges = {f.name: field_range(f) for f in fields(RunOptions)}
     return {'recipe': listed(RECIPES), **{k: range_text(r) for k, r in ranges.items() if r}}
 
@@ -77,7 +77,7 @@ def _make(path, own):
             if not (own and new.exists()): raise
         else: return new
 
-# what a run leaves behind that is killed before its recipe.json is there
+# files that a run leaves if it is killed before it writes recipe.json
 _traces = re.compile(r'checkpoints(/lock)?|(\.\d+-)?(\.writable|teacher\.safetensors)|\.\d+-recipe\.json')
 
 def _is_unused(path): return all(_traces.fullmatch(p.relative_to(path).as_posix()) for p in path.rglob('*'))
@@ -172,7 +172,7 @@ def net(self:Run)->tuple: # A `Net` on the CPU in evaluation mode, and the `Imag
         spec = ImageSpec.of_header(about) if 'classes' in about else SPEC
         net = self.recipe.net(len(spec.classes))
         check_weights(net, tensors)
-    except ValueError as e: raise ValueError(f'{shown(weights)}: {e}, or write it anew: {self.resume_command()}') from e
+    except ValueError as e: raise ValueError(f'{shown(weights)}: {e}, or write it again: {self.resume_command()}') from e
     net.load_state_dict(tensors)
     return net.eval(), spec
 

@@ -27,7 +27,7 @@ def check_paths(
     teacher=None, # Option of `s9_train`
     distill=None, # Field of the recipe; without one, a teacher is not used
 ):
-    "`BadInput` for a path that leads nowhere"
+    "`BadInput` for a path that does not exist or cannot be used"
     try:
         if resume is not None: recipe_path(run_path(resume, 'resume'))
         if out is not None: check_new_dir(run_path(out, 'out'))
@@ -44,7 +44,7 @@ def check_together(
     **new # `out`, `recipe` and `teacher`
 ):
     "`BadInput` for options of a new run beside `resume`, and for `force` without it"
-    if resume is None and force: raise BadInput('--force goes with --resume: a new run has nothing to force')
+    if resume is None and force: raise BadInput('--force needs --resume: a new run has no settings to keep')
     for nm, v in new.items():
         if resume is not None and v is not None:
             raise BadInput(f'--{nm} is for a new run and --resume for an existing one: leave one out')
@@ -58,13 +58,13 @@ def s9_train(
     workers:int=None, # Worker processes for data loading; default: 0, the main process
     device:str=None, # cpu, cuda, cuda:1, mps, ...; default: the GPU if there is one, else cpu
     out:str=None, # Folder of the run, new or empty; default: a new one under runs
-    resume:str=None, # Folder of a run to resume with its own options; a larger --epochs makes it longer
-    force:bool=False, # With --resume: continue although settings, versions or the CPU have changed
-    save_every:int=None, # Batches between two checkpoints; default: one after each epoch
-    deterministic:bool=False, # Use only algorithms of torch that repeat to the bit; on a CPU all do
+    resume:str=None, # Folder of a run to resume with its saved options; a larger --epochs extends it
+    force:bool=False, # With --resume: continue even if settings, versions or the CPU have changed
+    save_every:int=None, # Save every N training batches too; default: after each epoch only
+    deterministic:bool=False, # Use only deterministic algorithms of torch; on a CPU all are
     **overrides # Fields of the recipe, such as `epochs=3`
 ): # The trained `Learner`
-    "Train the Net on CIFAR-10 and leave a run folder: recipe, log, history, checkpoints, weights and figures"
+    "Train the Net on CIFAR-10 and write a run folder: recipe, log, history, checkpoints, weights and figures"
     check_together(resume, force, out=out, recipe=recipe, teacher=teacher)
     check_paths(data, resume, out, teacher, overrides.get('distill'))
     from s9_fastai.app import training

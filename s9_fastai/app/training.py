@@ -63,7 +63,7 @@ def find_teacher(
     "The teacher of a new run; a ValueError for one that does not fit, an OSError for one that cannot be read"
     if not recipe.distill:
         if teacher is None: return None
-        raise ValueError('--teacher goes with a weight for its logits: add --distill 0.9')
+        raise ValueError('--teacher needs a distillation weight: add --distill 0.9')
     if teacher is None: logits = packaged_logits(dls)
     else:
         path = run_path(teacher, 'teacher')
@@ -147,7 +147,7 @@ def input_errors():
 
 # %% ../../nbs/78_app.training.ipynb #c2633fbb
 def _quiet(learn, is_over):
-    "Leave out what nobody can see: bars in a pipe or file, everything of a run without epochs"
+    "Leave out bars where the output is a pipe or file, and bars and table of a finished run"
     if is_over: learn.logger = noop
     elif not show_bars(True): learn.logger = partial(print_epoch, learn.recorder)
     if is_over or not show_bars(True): learn.remove_cb(ProgressCallback)
@@ -156,7 +156,7 @@ def _end(learn, run, is_over):
     "Write the last files and print the last lines"
     written = finish(learn, run.path)
     if not is_over: return print(*closing_lines(learn, run.path), sep='\n')
-    files = f'; written anew: {", ".join(written)}' if written else ', and its files are as they were'
+    files = f'; written again: {", ".join(written)}' if written else ', and its files are unchanged'
     n = epochs_text(learn.recipe.epochs)
     print(f'{shown(run.path)} is finished: it has had its {n}{files}. --epochs makes it longer')
 

@@ -96,7 +96,7 @@ def _twin(t, p):
     "The twin of `t` in a composition of probability `p`"
     nm, own = type(t).__name__, type(t) in (AlternatingFlip, SubpixelAffine)
     if nm not in _twins or not (own or type(t).__module__.startswith('albumentations.')):
-        raise ValueError(f'{nm} of {type(t).__module__} has no twin for whole batches; these have: '
+        raise ValueError(f'{nm} of {type(t).__module__} is not supported on whole batches; supported are: '
                          f'{", ".join(_twins)}. Or {_remedy}')
     op = _twins[nm](t)
     if isinstance(op, (BatchCrop, BatchPad)) and p < 1:

@@ -67,7 +67,7 @@ def randomize(self:KeyedDL):
     super(KeyedDL, self).randomize()
     self.epoch += 1
     if self.begin[0] == self.epoch and self.begin[1] and not self.can_skip:
-        raise ValueError('the loader cannot go on in the middle of an epoch, as its data set is an iterable one '
+        raise ValueError('the loader cannot resume in the middle of an epoch, as its data set is an iterable one '
                          'or its sample() its own: save after whole epochs')
     self.rng = random.Random(item_seed(self.seed, self.epoch, -1))
 
@@ -210,7 +210,7 @@ def make_keyed(
 
 # %% ../../nbs/11_augment.keyed.ipynb #813f0674
 class KeyedTransform:
-    "Base of transforms that draw by key: a loader that is set up with one is a `KeyedDL`, a `DataBlock` keeps each one"
+    "Base class of transforms that draw by key: makes its loader a `KeyedDL`; a `DataBlock` keeps several of one class"
     def setup(self, items=None, train_setup=False):
         if isinstance(items, TfmdLists):
             warnings.warn(f'{type(self).__name__} in the pipeline of a data set draws from the generators of the '

@@ -46,7 +46,7 @@ def check_pipeline(
         if isinstance(t, A.BaseCompose): check_pipeline(t)
         elif bad := getattr(t, 'invalid_args', None):
             ok = ', '.join(t.get_transform_init_args_names())
-            raise ValueError(f'{type(t).__name__} does not know {", ".join(bad)}: its arguments are {ok}')
+            raise ValueError(f'{type(t).__name__} has no argument {", ".join(bad)}: its arguments are {ok}')
 
 # %% ../../nbs/13_augment.pipelines.ipynb #464c75a4
 def transforms_in(

@@ -34,7 +34,7 @@ def flip_crop_policy(
     size:int, # Height and width of the images, pixels, 8 or more
     flip=A.HorizontalFlip, # Or `AlternatingFlip`
 )->A.Compose: # For uint8 images (H, W, 3) of `size` x `size` pixels
-    "Mirror half of the images, shift all by up to an eighth of their side, the border reflected"
+    "Flip half of the images and shift all of them by up to an eighth of their side, with reflected borders"
     padded = size + 2*(size//8)
     return A.Compose([flip(p=0.5), A.PadIfNeeded(padded, padded, border_mode=cv2.BORDER_REFLECT_101),
                       A.RandomCrop(size, size)])

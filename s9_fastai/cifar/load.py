@@ -26,7 +26,7 @@ def find_source(
     path:str|Path|None=None, # Folder, archive or 'sample'; `None`: `S9_CIFAR10`, fastai's own folder, a download
     progress:bool=True # Show a progress bar while downloading?
 ) -> Path: # A folder or an archive
-    "`path`, or the first place with images, a download (with a bar if `progress`) the last; else `FileNotFoundError`"
+    "`path`, or the first place that has the images, or a download; FileNotFoundError where there is none"
     who = 'S9_CIFAR10: ' if path is None else ''
     if path is None: path = os.environ.get('S9_CIFAR10') or None
     if path is not None:
@@ -42,7 +42,7 @@ def load_cifar(
     cache_dir:str|Path|None=None, # Where decoded images are kept; `None`: `s9_fastai` in fastai's data folder
     progress:bool=True # Show progress bars, in a terminal or a notebook?
 ) -> Cifar10: # Read-only arrays, mapped into memory (the sample: in memory)
-    "CIFAR-10 at `path`, cached in `cache_dir`, bars if `progress`; `FileNotFoundError`, `ValueError` or `OSError`"
+    "Load CIFAR-10 from `path` and cache it in `cache_dir`; an OSError or ValueError where it cannot be read"
     src = find_source(path, progress)
     if src != SAMPLE:
         cache_dir = fastai_dir('data')/'s9_fastai' if cache_dir is None else given_path(cache_dir, 'cache_dir')

@@ -20,20 +20,20 @@ class CannotWrite(OSError): "A file that cannot be written; the message has the 
 def naming(
     path, # File that the block writes
 ):
-    "Make an OSError in the block a `CannotWrite`, whose message of one line names `path` and the remedy"
+    "Convert an OSError in the block to a `CannotWrite`, whose one-line message has `path` and the remedy"
     try: yield
     except CannotWrite: raise  # it has been named
     except OSError as e:
         folder = os.path.dirname(path) or os.curdir
-        remedy = ('what was there before is whole. Make room, or make its folder writable, and go on'
-                  if os.path.isdir(folder) else f'{folder} is gone: put it back and go on, or name another folder')
+        remedy = ('the old file is unchanged. Free some disk space or make its folder writable, then try again'
+                  if os.path.isdir(folder) else f'{folder} does not exist: restore it and try again, or name another folder')
         raise CannotWrite(f'{path} cannot be written ({e.strerror or e}); {remedy}') from e
 
 # %% ../../nbs/01_core.files.ipynb #3a6e3c08
 def sync_folder(
     path, # Folder
 ):
-    "Bring the names in `path` to the disk, where the system can open a folder; Windows cannot"
+    "Flush the directory entries of `path` to disk; does nothing on Windows, which cannot open a folder"
     if os.name == 'nt': return
     fd = os.open(path, os.O_RDONLY)
     try: os.fsync(fd)

@@ -17,7 +17,7 @@ def given_path(
     what:str # What it is, for the error
 ) -> Path: # With the home folder's name
     "`path`; `ValueError` if it is empty or in a home folder that does not exist"
-    if not str(path): raise ValueError(f"{what} is '', which names nothing; give a path, '.' for the current folder")
+    if not str(path): raise ValueError(f"{what} is '', an empty text; give a path, '.' for the current folder")
     try: return Path(path).expanduser()
     except RuntimeError as e:
         raise ValueError(f'{what} is {shown(path)}, and there is no such home folder ({e}); write it out') from e

@@ -43,7 +43,7 @@ def read_errors(
     "Give an `OSError` in the block a message that names `path` and the remedy; its type stays"
     try: yield
     except OSError as e:
-        raise type(e)(f'{shown(path)}: cannot be read ({one_line(e)}); see to its permissions, links and disk') from e
+        raise type(e)(f'{shown(path)}: cannot be read ({one_line(e)}); check its permissions, links and disk') from e
 
 # %% ../../nbs/00_core.text.ipynb #c53282e0
 def is_there(

@@ -6,7 +6,7 @@
 __all__ = ['checksum', 'write_tensors', 'read_tensors', 'save_weights', 'check_weights', 'load_weights']
 
 # %% ../../nbs/07_core.weights.ipynb #c0adda86
-import hashlib
+import hashlib, json
 
 import safetensors.torch, torch
 from safetensors import safe_open
@@ -27,6 +27,15 @@ def checksum(
     return h.hexdigest()
 
 # %% ../../nbs/07_core.weights.ipynb #eafe9895
+def _in_order(data):
+    "The safetensors file `data` in two parts, the texts of its header sorted"
+    n = int.from_bytes(data[:8], 'little')
+    header = json.loads(data[8:8 + n])
+    header['__metadata__'] = dict(sorted(header['__metadata__'].items()))
+    text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
+    text += b' '*(-len(text) % 8)  # the tensors begin at a multiple of 8, as the format asks for
+    return len(text).to_bytes(8, 'little') + text, memoryview(data)[8 + n:]
+
 def write_tensors(
     path, # A .safetensors file, replaced as a whole
     tensors:dict, # By name; copied to the CPU
@@ -35,7 +44,7 @@ def write_tensors(
     "Write `tensors` with their `checksum`; an OSError as `naming`"
     tensors = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
     data = safetensors.torch.save(tensors, {**about, 'checksum': checksum(tensors, about)})
-    with replacing(path) as f: f.write_bytes(data)
+    with replacing(path) as f, open(f, 'wb') as out: out.writelines(_in_order(data))
 
 # %% ../../nbs/07_core.weights.ipynb #91d34dc9
 def read_tensors(

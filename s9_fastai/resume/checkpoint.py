@@ -88,7 +88,7 @@ def claim(self:Checkpoint):
 # %% ../../nbs/69_resume.checkpoint.ipynb #c4602ebc
 @patch
 def release(self:Checkpoint):
-    "Give back the signals and the folder"
+    "Restore the signal handlers and unlock the folder"
     self.note.release()
     self.file_lock.release(force=True)
 

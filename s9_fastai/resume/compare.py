@@ -114,8 +114,8 @@ def check_lost(
     if not lost: return
     what = f'{path}: {", ".join(map(str, lost[:9]))} had changed and could not be saved'
     if not force:
-        raise ResumeError(f'{what}, so that the result would be another: {_remedy}, and begin a new run; or force it')
-    warnings.warn(f'{what}; the run is resumed without')
+        raise ResumeError(f'{what}, so that the result would differ: {_remedy}, and begin a new run; or force it')
+    warnings.warn(f'{what}; the run is resumed without it')
 
 # %% ../../nbs/68_resume.compare.ipynb #e626ee70
 def init_numbers(

@@ -27,8 +27,8 @@ from .objects import not_saved
 from .state import is_collection
 
 # %% ../../nbs/65_resume.settings.ipynb #2660b936
-# addresses, which always differ; the device, of which the kind is a setting of its own; and how many variants a
-# transform of fastai has, since any module that a process imports may add some
+# left out of texts: addresses, which always differ; the device, whose type is a setting of its own; and the number of
+# overloads of a fastai transform, since any imported module may add some
 _noise = re.compile(r" at 0x[0-9a-f]+|, device='[^']*'|\(enc:\d+,dec:\d+\)")
 
 def _plain(o): return ' '.join(_noise.sub('', str(o)).split())
@@ -120,7 +120,7 @@ def _callbacks(learn):
     return found
 
 # %% ../../nbs/65_resume.settings.ipynb #03aaacd9
-# what a loader is given that changes no batch; its transforms have fields of their own
+# arguments of a loader that change no batch, or that are separate settings, such as bs and the transforms
 _aside = {*'''dataset num_workers device pin_memory pin_memory_device timeout seed persistent_workers wif verbose
     do_setup indexed after_item before_batch after_batch worker_init_fn multiprocessing_context generator
     prefetch_factor in_order n bs batch_size batch_sampler'''.split()}
@@ -151,7 +151,7 @@ _rates = ('lr', 'wd', 'weight_decay', 'frozen_idx')
 def _scheduled(learn): return {k for cb in learn.cbs if isinstance(cb, ParamScheduler) for k in cb.scheds}
 
 def _optimizer(learn, is_first):
-    "How the optimizer is made, its class, steps and numbers, but for rates and what is scheduled"
+    "The optimizer: its function, class, step functions and hyperparameters, except rates and scheduled ones"
     opt, aside = learn.opt, {*_rates, *_scheduled(learn)}
     own = getattr(opt, 'opt', opt)  # torch's in an `OptimWrapper`
     numbers = {k: v for k, v in {**getattr(own, 'defaults', {}), **vars(own)}.items()
@@ -162,7 +162,7 @@ def _optimizer(learn, is_first):
 
 # %% ../../nbs/65_resume.settings.ipynb #deea9017
 def _model(m):
-    "The layers of `m`, and the numbers that layers of others than torch were given"
+    "The layers of `m`, and the constructor arguments of those that are not torch's"
     own = {nm: given(o) for nm, o in m.named_modules() if not type(o).__module__.startswith('torch.nn')}
     args = {f'{nm}.{k}': v for nm, o in own.items() for k, v in o.items()
             if isinstance(v, (bool, int, float, str, tuple))}

@@ -100,7 +100,7 @@ def encode(
     if g := o if isinstance(o, GeneratorState) else generator_state(o):
         return {'generator': [g.kind, encode(g.state, tensors)]}
     if found := _encode_collection(o, tensors) or _encode_text(o): return found
-    raise TypeError(f'{type(o).__name__} cannot be kept in a file of numbers')
+    raise TypeError(f'{type(o).__name__} cannot be saved in a checkpoint')
 
 # %% ../../nbs/60_resume.state.ipynb #066c3f3a
 def can_encode(
@@ -147,7 +147,7 @@ def _decode(o, tensors):
 # %% ../../nbs/60_resume.state.ipynb #37650656
 def decode(
     o, # From `encode`
-    tensors:list, # As `encode` left them; used up
+    tensors:list, # As `encode` filled it; its entries become None
 ): # The value
     "The value that was encoded, a `GeneratorState` for a generator; a ValueError for what `encode` could not have made"
     try: return _decode(o, tensors)

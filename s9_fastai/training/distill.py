@@ -67,7 +67,7 @@ def check_teacher(
     "A ValueError where the teacher was trained on other images, or on some that are held out"
     source = image_source(dls)
     if source is None or about.get('data_key') != source.key:
-        raise ValueError(f'{shown(where)}: a teacher of other images than these: take one trained on the same data')
+        raise ValueError(f'{shown(where)}: this teacher was trained on other images: take one trained on the same data')
     held_out = source.held_out
     if held_out and about.get('held_out') != str(held_out):
         raise ValueError(f'{shown(where)}: this teacher was trained with held_out {about.get("held_out")}, so it has '
@@ -106,11 +106,11 @@ def check_logits(
 
 # %% ../../nbs/55_training.distill.ipynb #5d933680
 class Distill(Callback):
-    "Mixes into the training loss how far the model is from `teacher_logits`; the validation loss stays as it is"
+    "Mix the distillation loss for `teacher_logits` into the training loss; the validation loss is unchanged"
     order = -10  # before `FiniteLoss` (-5) looks at the loss
 
     def __init__(self,
-        teacher_logits:TeacherLogits, # Of the training images that the loaders' items count
+        teacher_logits:TeacherLogits, # Of the training images, which the loaders' items number
         weight:float=0.9, # Of the teacher in the loss, above 0 and up to 1; the labels have the rest
         temperature:float=4., # Softens both logits, above 0, see `distillation_loss`
         spread:float=4., # Standard deviation that the teacher's logits are brought to, above 0

@@ -32,7 +32,7 @@ def _is_intel(): return 'intel' in cpu_name().lower()
 def autocast_dtype(
     device:torch.device, # Where the model is
 )->torch.dtype: # torch.bfloat16 or torch.float32
-    "The format that convolutions run fastest in on `device`: bfloat16 where the hardware has fast products of it"
+    "The dtype in which convolutions run fastest on `device`: bfloat16 where the hardware multiplies it faster"
     if device.type == 'cuda': fast = torch.cuda.is_bf16_supported(including_emulation=False)
     elif device.type != 'cpu': fast = False
     elif platform.machine() in ('x86_64', 'AMD64'):
@@ -63,7 +63,7 @@ class Autocast(Callback):
     def before_fit(self):
         if others := self.learn._grab_cbs(tuple(_to_fp32)):
             nm = type(others[0]).__name__
-            raise ValueError(f'{nm} and Autocast each run the model in a number format of their own: leave out {nm}, '
+            raise ValueError(f'{nm} and Autocast each set the dtype of the model: leave out {nm}, '
                              'or call to_plain() first')
 
     def after_pred(self): self.learn.pred = _full_precision(self.pred)
@@ -110,15 +110,15 @@ class FastSGD(Optimizer):
         lr:float|slice, # Learning rate, one or one for each group
         mom:float=0.9, # Momentum, 0 to below 1
         wd:float=0., # Weight decay: each step multiplies the weights by 1 - lr*wd
-        nesterov:bool=False, # Step along the gradient plus `mom` times the new average, which fastai's `SGD` cannot?
+        nesterov:bool=False, # Use Nesterov momentum, which fastai's `SGD` does not have?
     ):
         super().__init__(params, [], lr=lr, mom=mom, wd=wd)
         self.nesterov = nesterov
-        self.averages = mom != 0  # as in fastai, without momentum at first a schedule of it has no effect
+        self.averages = mom != 0  # as in fastai: if `mom` is 0 here, a schedule of it has no effect
 
     def zero_grad(self):
         for group in self.param_lists:
-            for p in group: p.grad = None  # the next backward puts its own there: nothing to clear, nothing to add to
+            for p in group: p.grad = None  # so that backward stores the gradient instead of adding to it
 
 # %% ../../nbs/51_training.fast.ipynb #34549a85
 @patch

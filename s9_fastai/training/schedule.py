@@ -134,7 +134,7 @@ def _checked_milestones(milestones, step_size):
     except TypeError: res = ()
     for epoch in res: _check_epochs('a milestone', epoch)
     if not res or list(res) != sorted(set(res)):
-        raise ValueError(f'milestones is {milestones!r}: it lists epochs; give one or more that rise, such as (30, 60)')
+        raise ValueError(f'milestones is {milestones!r}: it lists epochs; give one or more in increasing order, such as (30, 60)')
     return res
 
 # %% ../../nbs/52_training.schedule.ipynb #01407149
@@ -144,9 +144,9 @@ class StepLR(RateSchedule):
     def __init__(self,
         step_size:int=25, # Whole epochs from one step to the next, at least 1
         gamma:float=0.5, # Factor of a step, above 0; below 1 the rate falls
-        milestones:list|tuple|None=None, # Epochs after which steps come, rising, in place of `step_size`; `None`: none
-        warmup:int=0, # Whole epochs in which the rate rises in a line to its base, before the steps count; 0: none
-        start_factor:float=1/3 # Part of the base that the first epoch of a warm-up has, above 0 and up to 1
+        milestones:list|tuple|None=None, # Increasing epochs of the steps, in place of `step_size`; `None`: none
+        warmup:int=0, # Warm-up: whole epochs in which the rate rises linearly to its base, before the steps; 0: none
+        start_factor:float=1/3 # Rate of the first warm-up epoch as a fraction of the base, above 0 and up to 1
     ):
         _check_epochs('step_size', step_size), _check_factor('gamma', gamma)
         _check_epochs('warmup', warmup, 0), _check_factor('start_factor', start_factor, 1)
@@ -207,7 +207,7 @@ def fit_step(self:Learner,
 
 # %% ../../nbs/52_training.schedule.ipynb #7f20ad63
 class TriangularLR(RateSchedule):
-    "Raise every group's learning rate in a line from 0 to its base, and lower it in another to 0"
+    "Raise every group's learning rate linearly from 0 to its base, then lower it linearly to 0"
     def __init__(self,
         pct_start:float=0.2 # Warm-up, as a fraction of the fit, 0 to below 1; a ValueError if it is not
     ):
@@ -221,10 +221,10 @@ class TriangularLR(RateSchedule):
     def pos(self): return (self.at + self.iter/len(self.dls.train))/self.of
 
     def rate(self,
-        base:float, # Learning rate at the corner of the triangle
+        base:float, # Highest learning rate
         pct:float # Part of the fit that is over, 0 to 1
     )->float: # Learning rate there
-        "The height of the triangle over `pct`"
+        "The learning rate at `pct`"
         return base*(pct/self.pct_start if pct < self.pct_start else (1 - pct)/(1 - self.pct_start))
 
 # %% ../../nbs/52_training.schedule.ipynb #bf22c62c
@@ -265,7 +265,7 @@ def lr_scheduler(
     if mode not in [*MODES]: raise ValueError(f"mode is {mode!r}: it names a schedule; give {listed([*MODES])}")
     if mode != 'step' and (more := {*kwargs} - {'step_size', 'gamma'}):
         raise ValueError(f"{min(more)} is {kwargs[min(more)]!r}, but mode is {mode!r}: give it with mode 'step' only")
-    step, triangle = StepLR(**kwargs), TriangularLR(pct_start)  # check the values, the only home of their defaults
+    step, triangle = StepLR(**kwargs), TriangularLR(pct_start)  # they check the values, and have the defaults
     if mode != 'plateau': return {'step': [step], 'triangle': [triangle], 'none': []}[mode]
     _check_epochs('patience', patience)
     if step.gamma >= 1: raise ValueError(f"gamma is {step.gamma!r}: a plateau lowers the rate; give a number below 1")
