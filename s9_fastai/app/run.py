@@ -172,7 +172,8 @@ def net(self:Run)->tuple: # A `Net` on the CPU in evaluation mode, and the `Imag
         spec = ImageSpec.of_header(about) if 'classes' in about else SPEC
         net = self.recipe.net(len(spec.classes))
         check_weights(net, tensors)
-    except ValueError as e: raise ValueError(f'{shown(weights)}: {e}, or write it again: {self.resume_command()}') from e
+    except ValueError as e:
+        raise ValueError(f'{shown(weights)}: {e}, or write it again: {self.resume_command()}') from e
     net.load_state_dict(tensors)
     return net.eval(), spec
 

@@ -53,7 +53,7 @@ def check_together(
 def s9_train(
     data:str=None, # CIFAR-10: folder, archive or 'sample' (2,500 embedded images); default: searched for or downloaded
     recipe:str=None, # Settings of the run; default: sample for --data sample, else stated
-    teacher:str=None, # For --distill: folder of a finished run or teacher.safetensors; default: the logits in the package
+    teacher:str=None, # For --distill: a finished run or a teacher.safetensors; default: the logits in the package
     seed:int=None, # Fixes weights, order, augmentation and dropout; default: 42
     workers:int=None, # Worker processes for data loading; default: 0, the main process
     device:str=None, # cpu, cuda, cuda:1, mps, ...; default: the GPU if there is one, else cpu

@@ -25,8 +25,9 @@ def naming(
     except CannotWrite: raise  # it has been named
     except OSError as e:
         folder = os.path.dirname(path) or os.curdir
-        remedy = ('the old file is unchanged. Free some disk space or make its folder writable, then try again'
-                  if os.path.isdir(folder) else f'{folder} does not exist: restore it and try again, or name another folder')
+        remedy = 'the old file is unchanged. Free some disk space or make its folder writable, then try again'
+        if not os.path.isdir(folder):
+            remedy = f'{folder} does not exist: restore it and try again, or name another folder'
         raise CannotWrite(f'{path} cannot be written ({e.strerror or e}); {remedy}') from e
 
 # %% ../../nbs/01_core.files.ipynb #3a6e3c08

@@ -134,7 +134,8 @@ def _checked_milestones(milestones, step_size):
     except TypeError: res = ()
     for epoch in res: _check_epochs('a milestone', epoch)
     if not res or list(res) != sorted(set(res)):
-        raise ValueError(f'milestones is {milestones!r}: it lists epochs; give one or more in increasing order, such as (30, 60)')
+        raise ValueError(f'milestones is {milestones!r}: it lists epochs; give one or more in increasing order, such '
+                         'as (30, 60)')
     return res
 
 # %% ../../nbs/52_training.schedule.ipynb #01407149
