@@ -418,7 +418,7 @@ def test_it_learns():
     "640 synthetic images; how like the plain way it learns on CIFAR-10 is in benchmarks/results/equality.jsonl"
     set_seed(0)
     learn = s9_learner(synth_dls(640, bs=32), get_recipe(dropout=0.))
-    with learn.no_bar(), learn.no_logging(): learn.fit(4)
+    with learn.no_bar(), learn.no_logging(): learn.fit(6)  # after 4 it depends on the CPU's bfloat16
     losses = [row[0] for row in learn.recorder.values]
     assert losses[-1] < 0.5*losses[0]
 

@@ -76,7 +76,7 @@ def run(tmp_path_factory):
     sets = {'sample': data, 'others': data._replace(key='0123456789abcdef', source='others')}
     def load(path=None, **kwargs): return sets[path] if path in sets else load_cifar(path, **kwargs)
     def there(path, who=''): return path if path in sets else data_path(path, who)
-    def accept(self, n_epoch):
+    def accept(self):
         self.checkpoint.release()
         raise Accepted
     with pytest.MonkeyPatch.context() as m:
@@ -84,7 +84,7 @@ def run(tmp_path_factory):
         m.setattr(s9_fastai.app.train, 'data_path', there)
         with patch('s9_fastai.app.training.finish'):
             assert typed('s9_train', '--data', 'sample', '--recipe', 'stated', '--epochs', '2', '--bs', '500', '--n-channels', '4', '--out', str(folder)).code == 0
-        m.setattr(Learner, 'fit', accept)
+        m.setattr(Learner, '_do_fit', accept)  # the settings are compared before it
         yield folder
 
 
@@ -230,7 +230,7 @@ read = {  # fault: options, and what the message says
     'a file in the place of the folder': (f'--out {__file__}', 'which is a file: name a folder'),
     'another folder than a new one': (f'--out {Path(__file__).parent}', 'a folder that is not empty: name another one (see'),
     'a weight for a teacher, but none for these images': ('--distill 0.9', 'the teacher in the package: this teacher was trained on other images: take one trained on the same data'),
-    'an option that the schedule has no use for': ('--recipe fast --step-size 3', "step_size is 3, but sched is 'triangle', which has no use for it: leave it out, or take sched 'step'"),
+    'an option that the schedule has no use for': ('--recipe fast --step-size 3', "step_size is 3, but sched is 'triangle', which does not use it: leave it out, or take sched 'step'"),
     'a teacher that is nowhere': ('--distill 0.9 --teacher nowhere', 'nowhere: no recipe.json there; name the folder of a run of s9_train'),
     'a teacher, but no weight for it': ('--teacher nowhere', '--teacher needs a distillation weight: add --distill 0.9'),
     'a new run, forced': ('--force', '--force needs --resume: a new run has no settings to keep'),
@@ -297,18 +297,18 @@ def content(folder): return {p: p.read_bytes() for p in Path(folder).rglob('*') 
 
 
 changed = {  # fault: options, and what the message says
-    'settings that have changed since the run stopped': ('--lr 0.1 --epochs 3', 'settings have changed since the run stopped: lr was 0.05, is 0.1. Set them back, start'),
+    'settings that have changed since the run stopped': ('--lr 0.1 --epochs 3', 'settings have changed since the run stopped: lr was [0.05], is [0.1]. Set them back, name a new folder'),
     'another seed': ('--seed 7 --epochs 3', 'settings have changed since the run stopped: seed was 42, is 7. Set them back'),
     'other batches': ('--bs 250', 'bs was 500, is 250'),
-    'other images': ('--data others --epochs 3', 'the images of sample are not those of others. Set them back'),
-    'a change when nothing is left to train': ('--lr 0.1 --force', 'lr was 0.05, is 0.1. It has had its epochs, so they would change nothing: set them back, or add --epochs'),
+    'other images': ('--data others --epochs 3', '(these are other images). Set them back'),
+    'a change when nothing is left to train': ('--lr 0.1 --force', 'lr was [0.05], is [0.1]. It has had its epochs, so they would change nothing: set them back, or take more epochs'),
     'another Net': ('--n-channels 6 --force', 'n_channels was 4, is 6. Set them back or start a new run: what this one has saved does not fit'),
     'fewer epochs than the run has had': ('--epochs 1', 'has had 2: give as many or more, or start a new run'),
     'fewer epochs, forced, with data': ('--epochs 1 --force --data sample', 'has had 2: give as many or more, or start a new run'),
     'a run to go on with, and a folder for a new one': ('--out new', '--out is for a new run and --resume for an existing one: leave one out'),
     'a run to go on with, and another recipe': ('--recipe logged', '--recipe is for a new run and --resume for an existing one: leave one out'),
     'a run to go on with, and a teacher': ('--teacher elsewhere', '--teacher is for a new run and --resume for an existing one: leave one out'),
-    'a run to go on with, and no name for the recipe': ('--recipe=', '--recipe makes a new run'),
+    'a run to go on with, and no name for the recipe': ('--recipe=', '--recipe is for a new run'),
     'a bad option for a run to go on with': ('--epochs 3 --workers 257', 'workers is 257, but must be'),
 }
 
@@ -343,7 +343,7 @@ damage = {  # fault: new content, and what the message says
     'a recipe.json with a seed out of range': (told(dict(seed=-1)), 'seed is -1, but must be 0 to 4294967295'),
     'a recipe.json with too many workers': (told(dict(workers=10**6)), 'workers is 1000000, but must be 0 to 256'),
     'a recipe.json with a number for a name': (told(dict(name=3)), 'name is 3'),
-    'a recipe.json with a rate that leaves its range': (told(dict(gamma=999, step_size=1, epochs=99_999)), 'gamma is 999, which makes lr inf'),
+    'a recipe.json with a rate that leaves its range': (told(dict(gamma=999, step_size=1, epochs=99_999)), 'gamma is 999.0, which makes lr inf'),
 }
 
 

@@ -242,7 +242,7 @@ def test_permissions(tmp_path, monkeypatch, fault):
     whats = ('an image', 'a class folder', 'a data folder', 'an archive', 'a cache folder')
     for what, path, line in zip(whats, ('image', 'class', 'all', 'a.tgz', 'closed'), said, strict=True):
         assert line.startswith(f'{path}: ') and 'Permission denied' in line
-        assert ('see to its permissions' if path != 'closed' else 'choose another folder with cache_dir') in line
+        assert ('check its permissions' if path != 'closed' else 'choose another folder with cache_dir') in line
         fault('images', f'{what} without the permission to read', steady(line))
 
 

@@ -271,7 +271,7 @@ def test_a_folder_that_disappears(tmp_path, before, whole, fault, what):
     before(RunLog, 'after_epoch', lambda self: self.epoch == 1 and self.recorder.trained, lambda: gone.rename(kept))
     learn = mk(run_dir)
     msg = message(OSError, learn.fit, 3)
-    assert f'{gone} is gone: put it back and go on' in msg and gone.exists() is False
+    assert f'{gone} does not exist: restore it and try again' in msg and gone.exists() is False
     fault('training', f'{what} that disappears', msg)
     kept.rename(gone)
     assert_all_is_whole(run_dir, 1 if gone == run_dir else 2)

@@ -19,6 +19,7 @@ import torch
 from annotated_types import Interval
 from fastcore.basics import patch
 
+from .. import __version__
 from .checked import checked, field_range
 from .paths import recipe_path
 from .recipe import RECIPES, Recipe
@@ -141,6 +142,12 @@ def _fields(cls, saved):
         if f.name not in saved: raise ValueError(f'{f.name} is missing')
     return cls(**{f.name: saved[f.name] for f in fields(cls)})
 
+def _check_known(saved):
+    "A ValueError for a field that this version has not written; another version may have others"
+    known = {f.name for cls in (Recipe, RunOptions) for f in fields(cls)} | environment().keys()
+    unknown = saved.keys() - known - {'teacher', 'data', 'data_key', 'autocast_dtype'}
+    if unknown and saved.get('s9_fastai') == __version__: raise ValueError(f'{min(unknown)} is not a field of a run')
+
 def _parsed(saved):
     "Recipe, options and record in `saved`; a ValueError for what `Run.write` cannot have written"
     if not isinstance(saved, dict): raise ValueError('not a JSON object')
@@ -148,7 +155,9 @@ def _parsed(saved):
     for k, v in saved.items():
         if isinstance(v, (list, dict)): raise ValueError(f'{k} is a {type(v).__name__}')
     if not isinstance(saved.get('data_key'), str): raise ValueError(f'data_key is {saved.get("data_key", "missing")}')
-    return _fields(Recipe, saved), _fields(RunOptions, saved), saved
+    recipe, options = _fields(Recipe, saved), _fields(RunOptions, saved)
+    _check_known(saved)
+    return recipe, options, saved
 
 # %% ../../nbs/77_app.run.ipynb #80d0bd75
 def open_run(
@@ -163,19 +172,24 @@ def open_run(
 
 # %% ../../nbs/77_app.run.ipynb #34f3f89e
 @patch
+def _filled(self:Run, tensors, about):
+    "The network with the weights `tensors`, and the spec in their header `about`"
+    spec = ImageSpec.of_header(about) if 'classes' in about else SPEC
+    net = self.recipe.net(len(spec.classes))
+    try: check_weights(net, tensors)
+    except ValueError as e: raise ValueError(f"{shown(self.path/'weights.safetensors')}: {e}") from e
+    net.load_state_dict(tensors)
+    return net.eval(), spec
+
+@patch
 def net(self:Run)->tuple: # A `Net` on the CPU in evaluation mode, and the `ImageSpec` of its images
     "The network that this run has trained; a ValueError if its weights are missing or damaged"
     weights = self.path/'weights.safetensors'
     if not is_there(weights): raise ValueError(f'{shown(self.path)}: this run is not finished: {self.resume_command()}')
     try:
         tensors, about = read_tensors(weights)
-        spec = ImageSpec.of_header(about) if 'classes' in about else SPEC
-        net = self.recipe.net(len(spec.classes))
-        check_weights(net, tensors)
-    except ValueError as e:
-        raise ValueError(f'{shown(weights)}: {e}, or write it again: {self.resume_command()}') from e
-    net.load_state_dict(tensors)
-    return net.eval(), spec
+        return self._filled(tensors, about)
+    except ValueError as e: raise ValueError(f'{e}, or write it again: {self.resume_command()}') from e
 
 # %% ../../nbs/77_app.run.ipynb #7be0f1aa
 @patch

@@ -73,7 +73,7 @@ def s9_train(
     if resume is not None:
         with training.input_errors(): run = training.resume_run(resume, own, overrides, data, force)
         return training.train_run(*run)
-    name = recipe or ('sample' if str(data) == 'sample' else 'stated')
+    name = recipe if recipe is not None else 'sample' if str(data) == 'sample' else 'stated'
     with training.input_errors(): run = training.new_run(name, own, overrides, data, teacher, out)
     return training.train_run(*run)
 

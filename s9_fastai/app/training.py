@@ -88,6 +88,7 @@ def start_run(
     logits = logits() if logits else None
     learn = s9_learner(dls, recipe, run.path, options.save_every, teacher_logits=logits)
     learn.checkpoint.fixed = dict(seed=options.seed)
+    learn.checkpoint.after_check = partial(print, opening_line(run.path), flush=True)
     with naming(run.path): learn.checkpoint.claim()  # before the first file is written, and until the fit ends
     run.write(dls.source, logits)
     run.keep_source(dls.source.path)
@@ -116,6 +117,12 @@ def epochs_done(
                      'more, or start a new run')
 
 # %% ../../nbs/78_app.training.ipynb #73c1c3bb
+def _begin(run, source, logits, is_over, is_changed):
+    "Write the records and print the first line, once the run is known to be resumable"
+    if is_changed: run.write(source, logits)
+    run.keep_source(source.path)
+    if not is_over: print(opening_line(run.path), flush=True)
+
 def resume_run(
     path, # Folder of the run
     options:dict, # Options that replace the run's own, such as `workers=2`
@@ -133,9 +140,9 @@ def resume_run(
     learn = s9_learner(dls, recipe, run.path, run.options.save_every, force, logits)
     cp, is_over = learn.checkpoint, n_done == recipe.epochs
     cp.found, cp.fixed = vars(run).pop('newest'), dict(seed=run.options.seed)  # all weights: not kept for the whole run
-    if not is_over or n_saved != recipe.epochs: cp.after_check = partial(run.write, dls.source, logits)
+    is_changed = not is_over or n_saved != recipe.epochs
+    cp.after_check = partial(_begin, run, dls.source, logits, is_over, is_changed)
     with naming(run.path): cp.claim()  # before the first file is written, and until the fit ends
-    run.keep_source(dls.source.path)
     return learn, run, is_over
 
 # %% ../../nbs/78_app.training.ipynb #32852ecc
@@ -158,7 +165,7 @@ def _end(learn, run, is_over):
     if not is_over: return print(*closing_lines(learn, run.path), sep='\n')
     files = f'; written again: {", ".join(written)}' if written else ', and its files are unchanged'
     n = epochs_text(learn.recipe.epochs)
-    print(f'{shown(run.path)} is finished: it has had its {n}{files}. --epochs makes it longer')
+    print(f'{shown(run.path)} is finished: it has had its {n}{files}. A larger --epochs makes it longer')
 
 def train_run(
     learn, # From `start_run` or `resume_run`
@@ -167,7 +174,6 @@ def train_run(
 ): # `learn`, trained
     "Fit, and write weights and figures; errors as `resume_errors`"
     _quiet(learn, is_over)
-    if not is_over: print(opening_line(run.path), flush=True)
     with resume_errors(run.path):
         learn.fit(run.recipe.epochs)
         _end(learn, run, is_over)

@@ -152,7 +152,7 @@ def newest(self:Checkpoint):
     "State and file of the newest checkpoint, as `newest_checkpoint`"
     found, self.found = self.found, None
     if found and checkpoint_files(self.folder)[:1] == [found[1]]: return found
-    return newest_checkpoint(self.run_dir)
+    return newest_checkpoint(self.run_dir, warn=found is None)  # damaged files were named when `found` was read
 
 # %% ../../nbs/69_resume.checkpoint.ipynb #f1e1c198
 @patch

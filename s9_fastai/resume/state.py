@@ -11,6 +11,7 @@ from typing import Any
 from collections import deque
 from collections.abc import Mapping
 from decimal import Decimal
+from functools import partial
 from itertools import count
 from pathlib import Path
 
@@ -41,23 +42,24 @@ def _kind_of_set(o): return next((nm for nm, t in _sets.items() if isinstance(o,
 
 def _kind_of_list(o): return next((nm for nm, t in _lists.items() if is_collection(o) and isinstance(o, t)), None)
 
-def _encode_list(o, tensors):
-    kind, types = _kind_of_list(o), set(map(type, o))
+def _encode_numbers(o, kind, tensors):
+    "More than nine numbers or scalar tensors as one tensor; None for any other list"
+    types = set(map(type, o))
     if len(o) > 9 and types == {float}: return {'floats': _put(torch.from_numpy(np.array(o)), tensors), 'as': kind}
     if len(o) > 9 and types == {int} and -2**63 <= min(o) and max(o) < 2**63:
         return {'ints': _put(torch.tensor([*o]), tensors), 'as': kind}
     with torch._C.DisableTorchFunctionSubclass():
         if len(o) > 9 and _are_tensors(types) and {(v.ndim, v.dtype) for v in o} == {(0, o[0].dtype)}:
             return {'scalars': _put(torch.stack([*o]), tensors), 'as': kind}
-    return {kind: [encode(v, tensors) for v in o]}
 
 # %% ../../nbs/60_resume.state.ipynb #8c0743d0
 def _encode_collection(o, tensors):
     "`o` as its kind and the values in it; None for another type"
-    if _kind_of_list(o): return _encode_list(o, tensors)
-    if isinstance(o, Mapping): return {'dict': [[encode(v, tensors) for v in kv] for kv in o.items()]}
-    if kind := _kind_of_set(o): return {kind: [encode(v, tensors) for v in o]}
-    if isinstance(o, deque): return {'deque': [encode(v, tensors) for v in o], 'as': o.maxlen}
+    put = partial(encode, tensors=tensors)  # `map` needs no frame of its own, so that lists may be nested deeply
+    if kind := _kind_of_list(o): return _encode_numbers(o, kind, tensors) or {kind: [*map(put, o)]}
+    if isinstance(o, Mapping): return {'dict': [[put(k), put(v)] for k, v in o.items()]}
+    if kind := _kind_of_set(o): return {kind: [*map(put, o)]}
+    if isinstance(o, deque): return {'deque': [*map(put, o)], 'as': o.maxlen}
 
 # %% ../../nbs/60_resume.state.ipynb #9d430500
 _count = re.compile(r'count\((-?[\d.e+-]+)(?:, (-?[\d.e+-]+))?\)')
