@@ -283,10 +283,10 @@ def test_a_fit_that_is_killed_after_its_last_epoch(tmp_path, monkeypatch):
     assert (state['done'], state['place']) == (True, Place(3, 'train', 0))
 
 
-def test_a_forced_fit_with_nothing_left_to_train_changes_nothing(tmp_path):
+def test_a_forced_fit_with_nothing_left_to_train_is_refused_and_changes_nothing(tmp_path):
     fit3(plain_learner(tmp_path/'run'))
     files = {p: p.read_bytes() for p in (tmp_path/'run').rglob('*') if p.is_file()}
-    with pytest.warns(UserWarning, match='is resumed with changed settings'): plain_learner(tmp_path/'run', force=True).fit(3, 0.2)
+    with pytest.raises(ResumeError, match='they would change nothing: set them back, or take more epochs'): plain_learner(tmp_path/'run', force=True).fit(3, 0.2)
     assert {p: p.read_bytes() for p in (tmp_path/'run').rglob('*') if p.is_file()} == files
 
 

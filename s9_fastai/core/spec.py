@@ -9,7 +9,6 @@ __all__ = ['ImageSpec']
 import json
 from dataclasses import asdict, dataclass, fields
 
-import torch
 from fastcore.basics import patch
 
 # %% ../../nbs/09_core.spec.ipynb #5e347e5c
@@ -54,8 +53,9 @@ def of_header(cls:ImageSpec,
 def batch(self:ImageSpec,
     images, # uint8 (B, H, W, C), an array or a tensor
     device='cpu', # Where the batch goes
-)->torch.Tensor: # float32 (B, C, H, W), in channels_last
+): # float32 tensor (B, C, H, W), in channels_last
     "`images` as a normalized batch"
+    import torch  # here, since the commands read constants of this class before they load torch
     mean, std = (torch.tensor(o, device=device).view(-1, 1, 1) for o in (self.mean, self.std))  # (C, 1, 1)
     x = torch.tensor(images, device=device).permute(0, 3, 1, 2)  # (B, C, H, W)
     return (x.float()/255 - mean)/std

@@ -44,7 +44,7 @@ def write_tensors(
     "Write `tensors` with their `checksum`; an OSError as `naming`"
     tensors = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
     data = safetensors.torch.save(tensors, {**about, 'checksum': checksum(tensors, about)})
-    with replacing(path) as f, open(f, 'wb') as out: out.writelines(_in_order(data))
+    with replacing(path) as f: f.write_bytes(b''.join(_in_order(data)))
 
 # %% ../../nbs/07_core.weights.ipynb #91d34dc9
 def read_tensors(
