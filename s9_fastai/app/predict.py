@@ -10,7 +10,7 @@ import os, warnings
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageOps
+from PIL import Image
 from fastcore.basics import patch
 
 from .command import BadInput, RunFailed, run_command
@@ -49,12 +49,9 @@ class Predictor:
 def pixels(self:Predictor,
     image, # Path of an image file, a PIL image, or a uint8 array (H, W) or (H, W, C)
 ): # uint8 array (size, size, 3)
-    "The middle square of `image` in the size of the network; errors as `open_image`"
-    import numpy as np
-    from s9_fastai.data.images import image_of_array, open_image, to_rgb
-    if isinstance(image, np.ndarray): image = image_of_array(image)
-    im = to_rgb(image) if isinstance(image, Image.Image) else open_image(image)
-    return np.asarray(ImageOps.fit(im, (self.spec.size,)*2, Image.Resampling.BILINEAR))
+    "The middle square of `image` in the size of the network; errors as `square_pixels`"
+    from s9_fastai.data.images import square_pixels
+    return square_pixels(image, self.spec.size)
 
 # %% ../../nbs/79_app.predict.ipynb #578ac5f9
 @patch

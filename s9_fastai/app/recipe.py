@@ -32,9 +32,10 @@ from ..training.schedule import MODES, StepLR, lr_scheduler
 
 # %% ../../nbs/71_app.recipe.ipynb #ce4d05fe
 #: Names that a field takes, each with what it is
-CHOICES:dict[str, dict] = {'norm': NORMS, 'policy': POLICIES, 'augment': AUGMENTS, 'sched': MODES,
-           'compute': {'fast': 'faster layers, bfloat16 where the hardware has it', 'plain': "torch's, in float32"},
-           'opt': {'sgd': 'plain momentum', 'nesterov': "Nesterov's", 'muon': 'needs fewest epochs'}}
+CHOICES:dict[str, dict] = {
+    'norm': NORMS, 'policy': POLICIES, 'augment': AUGMENTS, 'sched': MODES,
+    'compute': {'fast': 'faster layers, bfloat16 where the hardware has it', 'plain': "torch's, in float32"},
+    'opt': {'sgd': 'plain momentum', 'nesterov': "Nesterov's", 'muon': 'Muon, for short runs'}}
 
 # %% ../../nbs/71_app.recipe.ipynb #c10dad08
 def _default(f, name): return inspect.signature(f).parameters[name].default
@@ -83,17 +84,11 @@ class Recipe:
                          f'stay below {_top}: take a lower gamma or a larger step_size')
 
     def net(self, n_classes:int=_default(Net, 'n_classes'))->Net:
-        return Net(self.n_channels, norm=self.norm, dropout=self.dropout, n_classes=n_classes)
+        return Net(**self.architecture(n_classes))
+    def architecture(self, n_classes:int=_default(Net, 'n_classes'))->dict:
+        return dict(n_channels=self.n_channels, norm=self.norm, dropout=self.dropout, n_classes=n_classes)
     def scheduler(self)->list[Any]:
         return lr_scheduler(self.sched, pct_start=self.pct_start, step_size=self.step_size, gamma=self.gamma)
-
-# %% ../../nbs/71_app.recipe.ipynb #f4b1e73a
-@patch
-def architecture(self:Recipe,
-    n_classes:int=_default(Net, 'n_classes'), # Number of logits
-)->dict: # For `save_net`
-    "The arguments of `Net` that `net` gives it"
-    return dict(n_channels=self.n_channels, norm=self.norm, dropout=self.dropout, n_classes=n_classes)
 
 # %% ../../nbs/71_app.recipe.ipynb #6f840440
 @patch

@@ -6,13 +6,13 @@
 __all__ = ['REACHED', 'print_epoch', 'replace_changed', 'finish', 'resume_errors', 'opening_line', 'epochs_text', 'closing_lines']
 
 # %% ../../nbs/76_app.results.ipynb #66722601
-import json, shlex
+import json
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from .command import BadInput, RunFailed, plain_message
+from .command import BadInput, RunFailed, plain_message, shell_command
 from ..core.files import replacing
 from ..core.signals import Stopped
 from ..core.text import shown
@@ -57,14 +57,12 @@ def finish(
         return [f.name for f in sorted(tmp.iterdir()) if replace_changed(f, run_dir/f.name)]
 
 # %% ../../nbs/76_app.results.ipynb #44b841eb
-def _command(name, run_dir): return f'{name} {shlex.quote(str(run_dir))}'
-
 @contextmanager
 def resume_errors(
     run_dir:Path, # The run's folder
 ):
     "Raise errors in the block as `BadInput`, `Stopped` or `RunFailed`, with the command that resumes the run"
-    command = _command('s9_train --resume', run_dir)
+    command = shell_command('s9_train --resume', run_dir)
     try: yield
     except ValueError as e:
         if 'Exception occured in `Checkpoint`' not in str(e): raise
@@ -79,7 +77,7 @@ def opening_line(
     run_dir:Path, # The run's folder
 )->str:
     "The folder of the run, in the command that resumes it"
-    return f'to resume this run if it stops: {_command("s9_train --resume", run_dir)}'
+    return f'to resume this run if it stops: {shell_command("s9_train --resume", run_dir)}'
 
 # %% ../../nbs/76_app.results.ipynb #ec6e188f
 REACHED = {'fast': 85.7, 'best': 90.4}  # Test accuracy in %, mean of three seeds, all 50,000 training images
@@ -106,5 +104,5 @@ def closing_lines(
         lines += [f'that was with {len(learn.dls.train_ds):,} training images, a sample of the 50,000 of CIFAR-10',
                   f'with all of them, the recipe {reached}',
                   'next: s9_train --recipe fast (finds CIFAR-10, or downloads it: 168 MB)']
-    return [*lines, f'your own images: s9_predict IMAGE... {_command("--run", run_dir)}',
+    return [*lines, f'your own images: s9_predict IMAGE... {shell_command("--run", run_dir)}',
             f'the whole run is in {shown(run_dir)}']

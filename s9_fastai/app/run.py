@@ -6,11 +6,10 @@
 __all__ = ['RunOptions', 'option_values', 'Run', 'new_run_dir', 'open_run']
 
 # %% ../../nbs/77_app.run.ipynb #7cb6eb97
-import json, os, re, shlex
+import json, os, re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
-from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +20,7 @@ from fastcore.basics import patch
 
 from .. import __version__
 from .checked import checked, field_range
+from .command import shell_command
 from .paths import recipe_path
 from .recipe import RECIPES, Recipe
 from ..cifar.facts import SPEC
@@ -29,10 +29,8 @@ from ..core.checks import range_text
 from ..core.environment import environment, get_device
 from ..core.files import replacing, write_json
 from ..core.paths import check_new_dir, run_path
-from ..core.spec import ImageSpec
 from ..core.text import is_there, listed, read_errors, shown
-from ..core.weights import check_weights, read_tensors
-from ..resume.saved import newest_checkpoint
+from ..nets.saved import load_net
 from ..training.fast import autocast_dtype
 
 # %% ../../nbs/77_app.run.ipynb #e17a3903
@@ -63,10 +61,7 @@ class Run:
     options:RunOptions # How it is run
     record:dict[str, Any] = field(default_factory=dict) # The content of `recipe.json`; empty before it is written
 
-    @cached_property
-    def newest(self): return newest_checkpoint(self.path)  # it is read and verified once
-
-    def resume_command(self)->str: return f's9_train --resume {shlex.quote(str(self.path))}'
+    def resume_command(self)->str: return shell_command('s9_train --resume', self.path)
 
 # %% ../../nbs/77_app.run.ipynb #61f9262f
 def _make(path, own):
@@ -172,23 +167,11 @@ def open_run(
 
 # %% ../../nbs/77_app.run.ipynb #34f3f89e
 @patch
-def _filled(self:Run, tensors, about):
-    "The network with the weights `tensors`, and the spec in their header `about`"
-    spec = ImageSpec.of_header(about) if 'classes' in about else SPEC
-    net = self.recipe.net(len(spec.classes))
-    try: check_weights(net, tensors)
-    except ValueError as e: raise ValueError(f"{shown(self.path/'weights.safetensors')}: {e}") from e
-    net.load_state_dict(tensors)
-    return net.eval(), spec
-
-@patch
 def net(self:Run)->tuple: # A `Net` on the CPU in evaluation mode, and the `ImageSpec` of its images
     "The network that this run has trained; a ValueError if its weights are missing or damaged"
     weights = self.path/'weights.safetensors'
     if not is_there(weights): raise ValueError(f'{shown(self.path)}: this run is not finished: {self.resume_command()}')
-    try:
-        tensors, about = read_tensors(weights)
-        return self._filled(tensors, about)
+    try: return load_net(weights, self.recipe.architecture(), SPEC)
     except ValueError as e: raise ValueError(f'{e}, or write it again: {self.resume_command()}') from e
 
 # %% ../../nbs/77_app.run.ipynb #7be0f1aa

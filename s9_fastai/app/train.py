@@ -7,6 +7,7 @@ __all__ = ['NET_FIELDS', 'check_paths', 'check_together', 's9_train', 's9_summar
 
 # %% ../../nbs/79_app.train.ipynb #68bbca20
 import os
+from typing import Any
 
 from .command import BadInput, run_command
 from .options import stored_parser
@@ -68,13 +69,16 @@ def s9_train(
     check_together(resume, force, out=out, recipe=recipe, teacher=teacher)
     check_paths(data, resume, out, teacher, overrides.get('distill'))
     from s9_fastai.app import training
-    own = dict(seed=seed, workers=workers, device=device, save_every=save_every, deterministic=deterministic or None)
+    own:dict[str, Any] = dict(seed=seed, workers=workers, device=device, save_every=save_every,
+                              deterministic=deterministic or None)
     own = {k: v for k, v in own.items() if v is not None}
     if resume is not None:
         with training.input_errors(): run = training.resume_run(resume, own, overrides, data, force)
         return training.train_run(*run)
     name = recipe if recipe is not None else 'sample' if str(data) == 'sample' else 'stated'
-    with training.input_errors(): run = training.new_run(name, own, overrides, data, teacher, out)
+    with training.input_errors():
+        made = training.get_recipe(name, **overrides), training.RunOptions(name, **own)
+        run = training.start_run(*made, data, teacher, out)
     return training.train_run(*run)
 
 # %% ../../nbs/79_app.train.ipynb #84c4f16c

@@ -12,13 +12,13 @@ from multiprocessing.context import get_spawning_popen
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 from fastcore.basics import patch
 from fasttransform import Transform
 
-from .facts import CLASSES, Cifar10, Split
+from .facts import CLASSES, SIZE, Cifar10, Split
 from .load import load_cifar
-from ..data.images import ImageArray, image_of_array, open_image, to_rgb
+from ..data.images import ImageArray, square_pixels
 
 # %% ../../nbs/48_cifar.readers.ipynb #aa52a956
 class CifarReader(Transform):
@@ -91,9 +91,7 @@ class ImageReader(CifarReader):
 
     def encodes(self, o):
         if isinstance(o, (int, np.integer)): return self.look_up(o)[0].view(ImageArray)
-        if isinstance(o, np.ndarray): o = image_of_array(o)
-        im = open_image(o) if isinstance(o, (str, Path)) else to_rgb(o, getattr(o, 'filename', 0) or 'image')
-        return np.asarray(ImageOps.fit(im, (32, 32), Image.Resampling.BILINEAR)).view(ImageArray)
+        return square_pixels(o, SIZE).view(ImageArray)
 
 # %% ../../nbs/48_cifar.readers.ipynb #3e8d5a26
 class LabelReader(CifarReader):

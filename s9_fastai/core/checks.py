@@ -41,12 +41,11 @@ def check_number(
     v, # What was given
     r:Interval, # What is allowed
     kind:type=float, # int for whole numbers
-    remedy:str='', # Appended to the error, such as ': give None to switch it off'
 ):
     "A ValueError unless `v` is a number of that `kind` in the range `r`"
     number, words = _kinds[kind]
     if isinstance(v, number) and not isinstance(v, bool) and in_range(v, r): return
-    raise ValueError(f'{name} is {v!r}, but must be {words}, {range_text(r)}{remedy}')
+    raise ValueError(f'{name} is {v!r}, but must be {words}, {range_text(r)}')
 
 # %% ../../nbs/09_core.checks.ipynb #07fe0230
 def check_choice(

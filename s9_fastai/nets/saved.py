@@ -35,11 +35,15 @@ def _architecture(about):
 
 def load_net(
     path=WEIGHTS, # From `save_net`; default: the weights in the package
+    architecture:dict|None=None, # Arguments of `Net` for a file without them in its header; None: refuse such a file
+    spec:ImageSpec|None=None, # For a file without one in its header; None: refuse such a file
 )->tuple: # A `Net` on the CPU in evaluation mode, and its `ImageSpec`
     "The network in the file `path`; a ValueError that names the file where it is damaged or has no architecture"
     tensors, about = read_tensors(path)
     try:
-        spec, net = ImageSpec.of_header(about), Net(**_architecture(about))
+        if 'classes' in about or spec is None: spec = ImageSpec.of_header(about)
+        if 'architecture' in about or architecture is None: architecture = _architecture(about)
+        net = Net(**architecture)
         check_weights(net, tensors)
         n, n_logits = len(spec.classes), net.fc.out_features
         if n != n_logits: raise ValueError(f'{n} classes for {n_logits} logits')
