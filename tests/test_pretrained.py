@@ -87,7 +87,7 @@ def test_the_command(photos):
 
 
 @pytest.mark.parametrize('args, msg', [([], 'no image: name one or more files'), (['nowhere.png'], 'nowhere.png: no such file'), ([root], 'a folder without an image file'),
-                                       ([root/'README.md'], 'cannot be read as an image'), (['PHOTO', '--top', 0], 'top is 0, but must be 1 to 10'),
+                                       ([root/'README.md'], 'cannot be read as an image'), (['PHOTO', '--top', 0], 'top is 0, but must be at least 1'),
                                        (['PHOTO', '--top', 'x'], "'x' is not a whole number"), (['PHOTO', '--foo'], 'unrecognized arguments: --foo')])
 def test_bad_input_is_one_line_and_exit_code_2(args, msg, photos, monkeypatch, capsys):
     monkeypatch.setattr(sys, 'argv', ['s9_predict', *(str(photos[0] if o == 'PHOTO' else o) for o in args)])

@@ -480,7 +480,7 @@ def test_bad_gamma(value):
 
 @pytest.mark.parametrize('value', [(), (30, 20), (5, 5), (0, 3), (2.5,), [True], 30, 'ab', {}])
 def test_bad_milestones(value):
-    with pytest.raises(ValueError, match='milestones? is .*(one or more that rise, such as|an integer of at least 1)'): StepLR(milestones=value)
+    with pytest.raises(ValueError, match='milestones? is .*(one or more in increasing order, such as|an integer of at least 1)'): StepLR(milestones=value)
 
 
 def test_steps_are_even_or_at_milestones():
