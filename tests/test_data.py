@@ -385,7 +385,7 @@ def test_items_are_views_that_nobody_can_write_to(sample):
 
 @pytest.mark.parametrize('kw, msg', [(dict(bs=0), 'bs is 0'), (dict(bs=2.5), 'bs is 2.5'), (dict(bs=True), 'bs is True'),
                                      (dict(num_workers=-1), 'num_workers is -1'), (dict(seed=-1), 'seed is -1'), (dict(seed='1'), "seed is '1'"),
-                                     (dict(policy='refrence'), "policy is 'refrence', but must be one of reference, "),
+                                     (dict(policy='refrence'), "policy is 'refrence', but must be 'reference', "),
                                      (dict(augment='batches'), "augment is 'batches', but must be 'item' or 'batch'"),
                                      (dict(policy=noise, augment='batch'), "PixelDropout.*augment='item'")])
 def test_bad_arguments(kw, msg):

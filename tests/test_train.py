@@ -192,7 +192,7 @@ print(json.dumps(found))
         assert got == want and msg in out and (got == 0 or out.count('\n') == 1 and out.startswith(f'{line.split()[0]}: ')), line
 
 
-bad = [('--recipe fastest', "'fastest', but must be one of stated, logged, sample, fast"), ('--epochs 0', 'epochs is 0, but must be 1 to 99999'),
+bad = [('--recipe fastest', "'fastest', but must be 'stated', 'logged', 'sample', 'fast'"), ('--epochs 0', 'epochs is 0, but must be 1 to 99999'),
        ('--epochs three', "'three' is not a whole number"), ('--lr -1', 'lr is -1.0'), ('--lr nan', 'lr is nan'), ('--dropout 1', 'dropout is 1.0'),
        ('--norm xx', "norm is 'xx'"), ('--policy xx', "policy is 'xx'"), ('--augment xx', "augment is 'xx', but must be 'item' or 'batch'"),
        ('--compute xx', "compute is 'xx', but must be 'fast' or 'plain'"), ('--n-channels 37', 'n_channels is 37'), ('--sched xx', "sched is 'xx', but must be 'step', 'triangle', 'plateau' or 'none'"),

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 from .checked import checked, field_range
 from ..augment.policies import AUGMENTS, POLICIES, check_augmentation
 from ..cifar.loaders import cifar_dls
-from ..core.checks import check_choice, range_text
+from ..core.checks import FRACTION, check_choice, range_text
 from ..core.text import listed
 from ..nets.net import NORMS, Net
 from .teacher import packaged_logits
@@ -41,7 +41,7 @@ CHOICES:dict[str, dict] = {
 def _default(f, name): return inspect.signature(f).parameters[name].default
 
 _top = 1000  # no rate is as high
-_part, _rate = Interval(ge=0, lt=1), Interval(ge=1e-12, lt=_top)
+_rate = Interval(ge=1e-12, lt=_top)
 
 @checked
 class Recipe:
@@ -49,7 +49,7 @@ class Recipe:
     # Channels of the wide layers, an even number
     n_channels:Annotated[int, Interval(ge=2, le=1024)] = _default(Net, 'n_channels')
     norm:str = _default(Net, 'norm')  # Normalisation
-    dropout:Annotated[float, _part] = _default(Net, 'dropout')  # Dropout probability
+    dropout:Annotated[float, FRACTION] = _default(Net, 'dropout')  # Dropout probability
     policy:str = _default(cifar_dls, 'policy')  # Augmentation of the training images; reference is the experiment's
     augment:str = _default(cifar_dls, 'augment')  # How the images are augmented
     compute:str = 'fast'  # Layers and dtype
@@ -58,20 +58,20 @@ class Recipe:
     held_out:Annotated[int, Interval(ge=0, le=24_990)] = _default(cifar_dls, 'held_out')
     epochs:Annotated[int, Interval(ge=1, le=99_999)] = 100  # Number of epochs
     lr:Annotated[float, _rate] = 0.05  # Learning rate of the first epoch, or the highest of a triangle
-    mom:Annotated[float, _part] = 0.9  # Momentum, of SGD or Muon
+    mom:Annotated[float, FRACTION] = 0.9  # Momentum, of SGD or Muon
     opt:str = 'sgd'  # Optimizer
     wd:Annotated[float, Interval(ge=0, lt=1000)] = 0.  # Decoupled weight decay, not for norms and biases
-    label_smoothing:Annotated[float, _part] = 0.  # Label smoothing, in validation losses too
-    distill:Annotated[float, _part] = 0.  # Weight of the distillation loss, 0 for no teacher
+    label_smoothing:Annotated[float, FRACTION] = 0.  # Label smoothing, in validation losses too
+    distill:Annotated[float, FRACTION] = 0.  # Weight of the distillation loss, 0 for no teacher
     ema:Annotated[float, Interval(ge=0, lt=0.5)] = 0.  # EMA horizon as a fraction of training, 0 for no EMA
     sched:str = _default(lr_scheduler, 'mode')  # Learning-rate schedule
-    pct_start:Annotated[float, _part] = _default(lr_scheduler, 'pct_start')  # Warm-up fraction of a triangle
+    pct_start:Annotated[float, FRACTION] = _default(lr_scheduler, 'pct_start')  # Warm-up fraction of a triangle
     # Epochs from one step to the next
     step_size:Annotated[int, Interval(ge=1, le=1_000_000)] = _default(StepLR, 'step_size')
     gamma:Annotated[float, _rate] = _default(StepLR, 'gamma')  # Factor of lr at each step, below 1 for plateau
 
     def __post_init__(self):
-        for nm in ('compute', 'opt', 'sched'): check_choice(nm, getattr(self, nm), [*CHOICES[nm]])
+        for nm in ('compute', 'opt', 'sched'): check_choice(nm, getattr(self, nm), CHOICES[nm])
         check_augmentation(self.policy, self.augment)
         for sched in self.scheduler(): self._check_rate(sched)
         with torch.device('meta'): self.net()  # checks the arguments, makes no weights and draws no random number
@@ -153,7 +153,7 @@ def get_recipe(
 )->Recipe:
     "The recipe called `recipe` with `overrides`; ValueError for a name, field or value that is not allowed"
     if isinstance(recipe, str):
-        if recipe not in RECIPES: raise ValueError(f'recipe is {recipe!r}, but must be one of {", ".join(RECIPES)}')
+        check_choice('recipe', recipe, RECIPES)
         recipe = RECIPES[recipe]
     if not isinstance(recipe, Recipe): raise ValueError(f'recipe is {recipe!r}, but must be a name or a Recipe')
     known = [f.name for f in fields(Recipe)]

@@ -8,13 +8,14 @@ __all__ = ['read_policy', 'BatchAugment']
 # %% ../../nbs/15_augment.batch.ipynb #b37ef22d
 import random
 from collections.abc import Iterable
-from numbers import Real
 
 import cv2, numpy as np, torch
+from annotated_types import Interval
 from fastai.torch_core import TensorBase, TensorImage, TensorImageBase
 from fastcore.basics import patch
 from fasttransform import Transform
 
+from ..core.checks import check_number
 from .item import AlternatingFlip, SubpixelAffine
 from .batch_ops import (BatchAffine, BatchBrightnessContrast, BatchCrop, BatchDropout, BatchFlip,
                                          BatchOp, BatchPad)
@@ -154,8 +155,7 @@ class BatchAugment(KeyedTransform, Transform):
     ):
         super().__init__()
         self.ops, self.p = _checked_ops(ops), p
-        if isinstance(p, bool) or not isinstance(p, Real) or not 0 <= p <= 1:
-            raise ValueError(f'p is {p!r}: it is a probability; give a number from 0 to 1')
+        check_number('p', p, Interval(ge=0, le=1))
 
     def encodes(self, x:TensorImage): return self._augmented(x)
 

@@ -7,12 +7,13 @@ __all__ = ['POLICIES', 'AUGMENTS', 'reference_policy', 'flip_crop_policy', 'flip
            'check_augmentation', 'augmentation']
 
 # %% ../../nbs/16_augment.policies.ipynb #845933c6
+from annotated_types import Interval
 from fasttransform import Transform
 
 import albumentations as A, cv2  # after fastai, whose star import would bring another A
 from .item import AlbumentationsTransform, AlternatingFlip, SubpixelAffine
 from .batch import BatchAugment
-from ..core.text import listed
+from ..core.checks import check_choice, check_number
 
 # %% ../../nbs/16_augment.policies.ipynb #f1b82a01
 def reference_policy(
@@ -68,18 +69,14 @@ POLICIES = {
     'none': lambda size, mean: A.Compose([])}
 
 # %% ../../nbs/16_augment.policies.ipynb #f306980d
-def _check_policy(name):
-    if name not in POLICIES: raise ValueError(f'policy is {name!r}, but must be one of {", ".join(POLICIES)}')
-
 def get_policy(
     name:str, # A key of `POLICIES`
     size:int, # Height and width of the images, pixels, 8 or more
     mean, # Mean colour of the images, RGB, 0 to 1, as for `Normalize.from_stats`
 )->A.Compose: # Newly built
     "The policy called `name`; ValueError for any other name or size"
-    _check_policy(name)
-    if isinstance(size, bool) or not isinstance(size, int) or size < 8:
-        raise ValueError(f'size is {size!r}, but must be a whole number of pixels, 8 or more')
+    check_choice('policy', name, POLICIES)
+    check_number('size', size, Interval(ge=8), int)
     return POLICIES[name](size, mean)
 
 # %% ../../nbs/16_augment.policies.ipynb #f4108e9a
@@ -93,8 +90,8 @@ def check_augmentation(
     augment:str, # A key of `AUGMENTS`
 ):
     "ValueError for an unknown name"
-    if augment not in [*AUGMENTS]: raise ValueError(f'augment is {augment!r}, but must be {listed([*AUGMENTS])}')
-    _check_policy(policy)
+    check_choice('augment', augment, AUGMENTS)
+    check_choice('policy', policy, POLICIES)
 
 # %% ../../nbs/16_augment.policies.ipynb #c6b63179
 def augmentation(

@@ -10,6 +10,7 @@ from inspect import signature
 from numbers import Integral
 
 import numpy as np, torch
+from annotated_types import Interval
 from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import Categorize, IndexSplitter, IntToFloatTensor, ToTensor
@@ -19,6 +20,7 @@ from fastcore.basics import chunked, patch
 from fastcore.meta import delegates
 from fasttransform.transform import compose_tfms
 
+from ..core.checks import COUNT, check_number
 from ..core.environment import get_device
 from .facts import CLASSES, MEAN, SIZE, SPEC, STD, Cifar10
 from .load import load_cifar
@@ -117,10 +119,9 @@ MAX_WORKERS = 256
 # %% ../../nbs/49_cifar.loaders.ipynb #fedb2734
 def _check_numbers(bs, num_workers, seed):
     "ValueError for the first that is not a whole number in its range"
-    for nm, v, least in (('bs', bs, 1), ('num_workers', num_workers, 0), ('seed', 0 if seed is None else seed, 0)):
-        if isinstance(v, bool) or not isinstance(v, int) or v < least:
-            raise ValueError(f'{nm} is {v!r}, but must be a whole number of at least {least}')
-    if num_workers > MAX_WORKERS: raise ValueError(f'num_workers is {num_workers}, but must be 0 to {MAX_WORKERS}')
+    check_number('bs', bs, COUNT, int)
+    check_number('num_workers', num_workers, Interval(ge=0, le=MAX_WORKERS), int)
+    if seed is not None: check_number('seed', seed, Interval(ge=0), int)
 
 # %% ../../nbs/49_cifar.loaders.ipynb #287acb8e
 @delegates(augmentation)

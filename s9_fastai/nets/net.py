@@ -10,13 +10,13 @@ import math
 from collections.abc import Callable
 from functools import partial
 from importlib import resources
-from numbers import Integral, Real
 from pathlib import Path
 
+from annotated_types import Interval
 from fastcore.basics import patch
 from torch import nn
 
-from ..core.text import listed
+from ..core.checks import COUNT, FRACTION, check_choice, check_number
 from ..core.weights import load_weights
 
 # %% ../../nbs/30_nets.net.ipynb #3f6b76df
@@ -51,7 +51,7 @@ def norm_layer(
     nf:int, # Channels to normalise
 )->nn.Module: # Takes and gives (B, nf, H, W)
     "The normalisation called `norm` for `nf` channels; a ValueError for any other name"
-    if norm not in [*NORMS]: raise ValueError(f'norm is {norm!r}: choose {listed(NORMS)} normalisation')
+    check_choice('norm', norm, NORMS)
     return NORMS[norm][1](nf)
 
 # %% ../../nbs/30_nets.net.ipynb #db78f150
@@ -89,16 +89,12 @@ class TransitionBlock(nn.Module):
     def forward(self, x): return self.conv(x)  # (B, nf, H, W)
 
 # %% ../../nbs/30_nets.net.ipynb #ce91f104
-def _is_int(n): return isinstance(n, Integral) and not isinstance(n, bool)
-
 def _check_args(n_channels, dropout, n_classes):
     "ValueError for the first argument of a `Net` that is out of range"
-    if not _is_int(n_channels) or n_channels < 2 or n_channels % 2:
-        raise ValueError(f'n_channels is {n_channels!r}: give an even integer of at least 2, such as 38')
-    if not isinstance(dropout, Real) or isinstance(dropout, bool) or not 0 <= dropout < 1:  # type: ignore[operator]
-        raise ValueError(f'dropout is {dropout!r}: give a probability in [0, 1), such as 0.1')
-    if not _is_int(n_classes) or n_classes < 1:
-        raise ValueError(f'n_classes is {n_classes!r}: give an integer of at least 1, such as 10')
+    check_number('n_channels', n_channels, Interval(ge=2), int)
+    if n_channels % 2: raise ValueError(f'n_channels is {n_channels!r}, but must be even, such as {n_channels + 1}')
+    check_number('dropout', dropout, FRACTION)
+    check_number('n_classes', n_classes, COUNT, int)
 
 # %% ../../nbs/30_nets.net.ipynb #b63936dc
 def _check_batch(x):

@@ -17,6 +17,7 @@ from fastcore.basics import first
 from fastcore.foundation import CollBase
 from matplotlib.figure import Figure
 
+from ..core.checks import COUNT, check_number
 from ..core.generators import random_kept
 from ..core.kept import kept
 from .plots import Picture, save_picture
@@ -158,8 +159,7 @@ def plot_misclassified(
     path=None, # PNG file to write; None: none is written
 )->Figure: # A nearly square grid
     "The `n` surest mistakes of `learn` on set `ds_idx`; errors as `misclassified`, and a TypeError without images"
-    if isinstance(n, bool) or not isinstance(n, int) or n < 1:
-        raise ValueError(f'n is {n!r}, but must be a whole number of at least 1')
+    check_number('n', n, COUNT, int)
     df = misclassified(learn, ds_idx)
     dset = learn.dls[ds_idx].dataset
     if df.empty: return save_picture(_headed(2, 0, f'None of {len(dset):,} images is misclassified'), path)

@@ -7,14 +7,15 @@ __all__ = ['Places', 'EMA']
 
 # %% ../../nbs/54_training.ema.ipynb #3a80a302
 from typing import Any
-from numbers import Real
 
 import torch
+from annotated_types import Interval
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 from torch import nn
 from torch.nn.parameter import is_lazy
 
+from ..core.checks import check_number
 from ..core.events import in_fit
 
 # %% ../../nbs/54_training.ema.ipynb #62c8f96a
@@ -52,8 +53,7 @@ class EMA(Callback):
     def __init__(self,
         age:float=0.1, # Mean age of what is averaged, as a part of the fit so far: above 0, up to 0.5 (a plain mean)
     ):
-        if isinstance(age, bool) or not isinstance(age, Real) or not 0 < age <= 0.5:
-            raise ValueError(f'age is {age!r}: it is a part of the fit so far; give a number above 0 and up to 0.5')
+        check_number('age', age, Interval(gt=0, le=0.5))
         self.age = age
         self.forget()
 

@@ -16,11 +16,11 @@ from fastai.optimizer import OptimWrapper
 from fastcore.basics import patch
 from fastcore.foundation import L
 from fastcore.meta import delegates
-from math import isfinite
-from numbers import Integral, Real
 from traceback import walk_stack
 
-from ..core.text import listed
+from annotated_types import Interval
+
+from ..core.checks import COUNT, FRACTION, check_choice, check_number
 from ..core.events import in_fit
 
 # %% ../../nbs/52_training.schedule.ipynb #c73cb0c1
@@ -114,28 +114,19 @@ def after_fit(self:RateSchedule):
     "Hand the recorded rates to the Recorder, unless nothing was trained"
     if self.hps['lr']: ParamScheduler.after_fit(self)
 
-# %% ../../nbs/52_training.schedule.ipynb #174b2949
-def _check_epochs(name, value, least=1):
-    if isinstance(value, bool) or not isinstance(value, Integral) or value < least:
-        raise ValueError(f"{name} is {value!r}: it counts whole epochs; give an integer of at least {least}")
-
-def _check_factor(name, value, most=float('inf')):
-    if (isinstance(value, bool) or not isinstance(value, Real) or not isfinite(value)
-            or not 0 < value <= most):  # type: ignore[operator]  # mypy has no numbers.Real
-        span = 'a finite number above 0' if most == float('inf') else f'a number above 0 and up to {most}'
-        raise ValueError(f"{name} is {value!r}: it is a factor; give {span}, such as 0.5")
-
 # %% ../../nbs/52_training.schedule.ipynb #fe746b19
+_step_size = 25  # epochs, as in the experiment
+
 def _checked_milestones(milestones, step_size):
     "`milestones` as a tuple; ValueError if they are no rising epochs, or if there is a `step_size` too"
-    if step_size != 25:
+    if step_size != _step_size:
         raise ValueError(f'step_size is {step_size!r} and milestones are {milestones!r}: give one of them')
     try: res = tuple(milestones)
     except TypeError: res = ()
-    for epoch in res: _check_epochs('a milestone', epoch)
+    for epoch in res: check_number('a milestone', epoch, COUNT, int)
     if not res or list(res) != sorted(set(res)):
-        raise ValueError(f'milestones is {milestones!r}: it lists epochs; give one or more in increasing order, such '
-                         'as (30, 60)')
+        raise ValueError(f'milestones is {milestones!r}, but must be one or more epochs in increasing order, '
+                         'such as (30, 60)')
     return res
 
 # %% ../../nbs/52_training.schedule.ipynb #01407149
@@ -143,14 +134,16 @@ class StepLR(RateSchedule):
     """Multiply every group's learning rate by `gamma` at each `step_size` epochs, or at each of `milestones`, after a
     warm-up if there is one"""
     def __init__(self,
-        step_size:int=25, # Whole epochs from one step to the next, at least 1
+        step_size:int=_step_size, # Whole epochs from one step to the next, at least 1
         gamma:float=0.5, # Factor of a step, above 0; below 1 the rate falls
         milestones:list|tuple|None=None, # Increasing epochs of the steps, in place of `step_size`; `None`: none
         warmup:int=0, # Warm-up: whole epochs in which the rate rises linearly to its base, before the steps; 0: none
         start_factor:float=1/3 # Rate of the first warm-up epoch as a fraction of the base, above 0 and up to 1
     ):
-        _check_epochs('step_size', step_size), _check_factor('gamma', gamma)
-        _check_epochs('warmup', warmup, 0), _check_factor('start_factor', start_factor, 1)
+        check_number('step_size', step_size, COUNT, int)
+        check_number('gamma', gamma, Interval(gt=0))
+        check_number('warmup', warmup, Interval(ge=0), int)
+        check_number('start_factor', start_factor, Interval(gt=0, le=1))
         if milestones is not None: milestones = _checked_milestones(milestones, step_size)
         super().__init__()
         self.step_size, self.gamma, self.milestones = step_size, gamma, milestones
@@ -212,9 +205,7 @@ class TriangularLR(RateSchedule):
     def __init__(self,
         pct_start:float=0.2 # Warm-up, as a fraction of the fit, 0 to below 1; a ValueError if it is not
     ):
-        if isinstance(pct_start, bool) or not isinstance(pct_start, Real) or not 0 <= pct_start < 1:
-            raise ValueError(f"pct_start is {pct_start!r}: it is a fraction of the fit; give a number from 0 to below "
-                             "1, such as 0.2")
+        check_number('pct_start', pct_start, FRACTION)
         super().__init__()
         self.pct_start = pct_start
 
@@ -263,13 +254,13 @@ def lr_scheduler(
     **kwargs
 )->list: # Callbacks for a `Learner` or a `fit`; empty for 'none'
     "The callbacks of `mode`"
-    if mode not in [*MODES]: raise ValueError(f"mode is {mode!r}: it names a schedule; give {listed([*MODES])}")
+    check_choice('mode', mode, MODES)
     if mode != 'step' and (more := {*kwargs} - {'step_size', 'gamma'}):
         raise ValueError(f"{min(more)} is {kwargs[min(more)]!r}, but mode is {mode!r}: give it with mode 'step' only")
     step, triangle = StepLR(**kwargs), TriangularLR(pct_start)  # they check the values, and have the defaults
     if mode != 'plateau': return {'step': [step], 'triangle': [triangle], 'none': []}[mode]
-    _check_epochs('patience', patience)
-    if step.gamma >= 1: raise ValueError(f"gamma is {step.gamma!r}: a plateau lowers the rate; give a number below 1")
+    check_number('patience', patience, COUNT, int)
+    check_number("gamma of mode 'plateau'", step.gamma, Interval(gt=0, lt=1))
     return [PlateauLR(patience=patience, factor=1/step.gamma)]
 
 # %% ../../nbs/52_training.schedule.ipynb #c8625644
