@@ -64,6 +64,7 @@ def test_a_run_that_fails_is_named(tmp_path):
     assert done.returncode == 1 and "'x' is not a whole number" in done.stderr and not (tmp_path/'results').exists()
 
 
+@pytest.mark.slow
 def test_the_recipe_of_the_sample_and_its_variants(tmp_path):
     args = ['accuracy/sample.py', '--seeds', 0, '--epochs', 1, '--threads', 1, '--out', tmp_path]
     done = bench(*args, 'as it is', 'rate 0.2')
@@ -76,6 +77,7 @@ def test_the_recipe_of_the_sample_and_its_variants(tmp_path):
     assert done.returncode == 2 and "no variant 'rate 7'" in done.stderr
 
 
+@pytest.mark.slow
 def test_a_teacher_is_trained_and_ablations_use_it(tmp_path):
     common = ['--data', 'sample', '--epochs', 1, '--held-out', 500, '--threads', 1, '--out', tmp_path]
     done = bench('accuracy/teacher.py', *common, '--width', 4, '--keep', tmp_path/'t.safetensors')

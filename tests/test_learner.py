@@ -190,7 +190,7 @@ def test_text_of_small_and_odd_rates(mk, tmp_path):
 def fit_digest(seed, num_workers=0, n=2):
     dls = tiny_dls(seed=seed, num_workers=num_workers)
     set_seed(seed)
-    learn = s9_learner(dls)
+    learn = s9_learner(dls, get_recipe(n_channels=8))
     learn.remove_cb(ProgressCallback)
     learn.logger = noop
     learn.fit(n)
