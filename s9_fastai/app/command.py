@@ -29,14 +29,18 @@ class BadInput(ValueError): "An option that cannot be used; the message has the 
 class RunFailed(RuntimeError): "A run that ended early; the message has the reason and the command that resumes it"
 
 # %% ../../nbs/74_app.command.ipynb #0f848310
+def _text(e):
+    try: return str(e)
+    except Exception: return ''  # a class may fail to make its own text
+
 def plain_message(
     e:BaseException, # Any error
 )->str: # Such as `the loss is nan in …`
     "The message of `e` in one line, without fastai's prefix for a callback and torch's traceback of a worker"
-    msg = re.sub(r'^Exception occured in `\w+` when calling event `\w+`:', '', str(e)).strip()
+    msg = re.sub(r'^Exception occured in `\w+` when calling event `\w+`:', '', _text(e)).strip()
     return ' '.join(msg.split('\nOriginal Traceback')[0].split()) or type(e).__name__
 
-# %% ../../nbs/74_app.command.ipynb #030e96fd
+# %% ../../nbs/74_app.command.ipynb #aac19341
 def raised_in(
     e:BaseException, # That was raised
 )->tuple: # Module and line, such as `('s9_fastai.app.run', 12)`; ('', 0) where it was not raised
@@ -44,7 +48,7 @@ def raised_in(
     steps = list(traceback.walk_tb(e.__traceback__))
     return (steps[-1][0].f_globals.get('__name__', ''), steps[-1][1]) if steps else ('', 0)
 
-# %% ../../nbs/74_app.command.ipynb #2add0ee0
+# %% ../../nbs/74_app.command.ipynb #6a94f08a
 def exit_code(
     e:BaseException, # Any error
 )->tuple: # Exit code and message
@@ -169,7 +173,7 @@ def parsed_options(
             parser.error(f'argument {name}: expected one argument')
     return args
 
-# %% ../../nbs/74_app.command.ipynb #2b2202ce
+# %% ../../nbs/74_app.command.ipynb #fe1ee2a0
 def drop_output():
     "Send all further output and messages to the null device"
     null = os.open(os.devnull, os.O_WRONLY)
@@ -182,14 +186,14 @@ def leave_quietly():
     drop_output()
     raise SystemExit(141)  # 128 and SIGPIPE
 
-# %% ../../nbs/74_app.command.ipynb #c474d266
+# %% ../../nbs/74_app.command.ipynb #39b8d99b
 def output_error(): # An OSError; None where the output is sound
     "The error of writing what is still in the buffer of the output"
     try: sys.stdout.flush()
     except OSError as e: return e
     return None
 
-# %% ../../nbs/74_app.command.ipynb #6c756f16
+# %% ../../nbs/74_app.command.ipynb #195e7ff8
 @contextmanager
 def errors_in_one_line(
     prog:str, # Name of the command
@@ -202,9 +206,8 @@ def errors_in_one_line(
             sys.stdout.flush()
             raise
         sys.stdout.flush()
-    except SystemExit: raise
     except BrokenPipeError: leave_quietly()
-    except BaseException as e:
+    except (Exception, KeyboardInterrupt) as e:
         if os.environ.get('S9_TRACEBACK'): traceback.print_exception(e)
         code, msg = exit_code(e)
         try: complain(prog, f'the output cannot be written: {msg}' if output_error() else msg, code)

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['history_size', 'check_rows', 'check_history']
 
-# %% ../../nbs/75_app.history.ipynb #99485ca2
+# %% ../../nbs/75_app.history.ipynb #4937a3b3
 from contextlib import suppress
 from pathlib import Path
 
 from ..core.text import is_there, read_errors, shown
 
-# %% ../../nbs/75_app.history.ipynb #03ebb274
+# %% ../../nbs/75_app.history.ipynb #1f70e68d
 def history_size(
     state:dict, # A checkpoint, from `newest_checkpoint`
 )->int: # 0 before the end of the first epoch
@@ -21,7 +21,7 @@ def history_size(
         if type(size) is int: return max(size, 0)
     return 0
 
-# %% ../../nbs/75_app.history.ipynb #58490d79
+# %% ../../nbs/75_app.history.ipynb #ef92393d
 def _check_row(row, columns, epoch):
     "ValueError unless `row` is the line of `epoch`"
     if len(row) != len(columns): raise ValueError(f'{len(row)} values for {len(columns)} columns')
@@ -35,13 +35,13 @@ def check_rows(
     text:str, # Content of a history
 ):
     "ValueError, which names the line, unless `text` has a line for each epoch"
-    if not text.endswith('\n'): raise ValueError('its last line has no end')
+    if not text.endswith('\n'): raise ValueError('its lines are longer or shorter than they were')
     columns, *rows = [ln.split(',') for ln in text[:-1].split('\n')]
     for i, row in enumerate(rows, 1):
         try: _check_row(row, columns, i)
         except ValueError as e: raise ValueError(f'line {i + 1}: {e}') from e
 
-# %% ../../nbs/75_app.history.ipynb #705f5a5e
+# %% ../../nbs/75_app.history.ipynb #41feec3e
 def check_history(
     run_dir, # Folder of a run
     size:int, # From `history_size`
