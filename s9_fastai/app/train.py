@@ -63,7 +63,7 @@ def s9_train(
     force:bool=False, # With --resume: continue even if settings, versions or the CPU have changed
     save_every:int=None, # Save every N training batches too; default: after each epoch only
     deterministic:bool=False, # Use only deterministic algorithms of torch; on a CPU all are
-    threads:int=None, # CPU threads of torch, which change the rounding of sums; default: torch's choice, or as the run had
+    threads:int=None, # CPU threads, which the result depends on; default: torch's choice, with --resume the run's own
     **overrides # Fields of the recipe, such as `epochs=3`
 ): # The trained `Learner`
     "Train the Net on CIFAR-10 and write a run folder: recipe, log, history, checkpoints, weights and figures"
