@@ -30,7 +30,7 @@ def _fitting(frame):
         if frame.f_code is Learner.fit.__code__: yield frame.f_locals['self']
         frame = frame.f_back
 
-# %% ../../nbs/03_core.signals.ipynb #986f847f
+# %% ../../nbs/03_core.signals.ipynb #969951f0
 def leave_terminal():
     "Send output and messages to the null device, if they go to a terminal that was closed"
     for fd in (1, 2):
