@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['slow_hint', 'SlowEpochs']
 
-# %% ../../nbs/75_app.pace.ipynb #d8e753b1
+# %% ../../nbs/75_app.pace.ipynb #d23cfbbd
 import warnings
 from time import perf_counter
 
@@ -15,7 +15,7 @@ from fastcore.basics import patch
 
 from .command import shell_command
 
-# %% ../../nbs/75_app.pace.ipynb #7898667b
+# %% ../../nbs/75_app.pace.ipynb #361bf694
 def slow_hint(
     epoch:int, # Number of the slow epoch, from 1
     factor:float, # How many times as long as the fastest one it took
@@ -27,10 +27,10 @@ def slow_hint(
             'uses')
     if threads == 1: return f'{text} the core; end it, and the epochs are as fast as before'
     return (f"{text} some of the cores, and torch's {threads} threads wait for each other. End it; or stop this run "
-            f'and continue with one thread: {shell_command("s9_train --resume", run_dir)} --threads 1 --force (the result '
-            f'is then not the one of {threads} threads)')
+            f'and continue with one thread: {shell_command("s9_train --resume", run_dir)} --threads 1 --force (the '
+            f'result is then not the one of {threads} threads)')
 
-# %% ../../nbs/75_app.pace.ipynb #9d016547
+# %% ../../nbs/75_app.pace.ipynb #adc3ad07
 class SlowEpochs(Callback):
     "One warning, when an epoch takes at least `factor` times as long as the fastest one so far"
     order,not_saved = 70,True  # after the table's row; no result depends on it
@@ -49,7 +49,7 @@ class SlowEpochs(Callback):
 
     def after_batch(self): self.n += 1
 
-# %% ../../nbs/75_app.pace.ipynb #a9c0c058
+# %% ../../nbs/75_app.pace.ipynb #059efeeb
 @patch
 def after_epoch(self:SlowEpochs):
     "Compare the epoch with the fastest one, and warn once"
