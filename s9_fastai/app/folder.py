@@ -44,10 +44,10 @@ class OpenFolder:
     ):
         self.path, self.fd = Path(path), None if os.name == 'nt' else os.open(path, os.O_RDONLY)
 
-    def is_there(self)->bool:
-        "Is the folder still at its path?"
-        if self.fd is None: return self.path.is_dir()
-        try: return os.path.samestat(os.fstat(self.fd), os.stat(self.path))
+    def is_replaced(self)->bool:
+        "Is another folder at its path? If there is none, it may be restored"
+        if self.fd is None: return False
+        try: return not os.path.samestat(os.fstat(self.fd), os.stat(self.path))
         except OSError: return False
 
     def close(self):
@@ -57,7 +57,7 @@ class OpenFolder:
 
 # %% ../../nbs/75_app.folder.ipynb #68cde020
 class SameFolder(Callback):
-    "FileNotFoundError as soon as the folder of the run was removed or replaced"
+    "FileNotFoundError as soon as the folder of the run was replaced by another one"
     order,not_saved = 51,True  # before all callbacks that write into the folder
 
     def __init__(self,
@@ -67,7 +67,8 @@ class SameFolder(Callback):
         self.folder, self.each_batch = folder, each_batch
 
     def _check(self):
-        if not self.folder.is_there(): raise FileNotFoundError(f'{shown(self.folder.path)} was removed or replaced')
+        if self.folder.is_replaced():
+            raise FileNotFoundError(f'{shown(self.folder.path)} was removed and made anew while the run was trained')
 
     def after_batch(self):
         if self.each_batch: self._check()

@@ -65,7 +65,7 @@ def next_step(
     e:Exception, # Why it failed
 )->str:
     "What can be done after a run has failed"
-    if not folder.is_there():
+    if folder.is_replaced():
         return f'{shown(folder.path)} is no longer the folder of this run, so it cannot be resumed: start a new run'
     more = ' --force --lr RATE' if isinstance(e, FloatingPointError) else ''  # the same would fail again
     return f'Resume from the last checkpoint: {shell_command("s9_train --resume", folder.path)}{more}'
