@@ -15,6 +15,7 @@ from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
+import torch
 from fastai.learner import Learner
 from fastcore.xtras import working_directory
 from filelock import FileLock
@@ -37,17 +38,18 @@ posix = pytest.mark.skipif(os.name == 'nt', reason='Windows has other rules for 
 def fuzz(n): return settings(derandomize=True, deadline=None, max_examples=n, database=None)
 
 
-class Accepted(Exception): "Everything was checked, and the run folder is there: the first batch would come now"
+class Accepted(BaseException): "Everything was checked, and the run folder is there: the first batch would come now"
 
 
 def typed(command, *args):
     "What a command makes of its options, in a folder of its own: exit code or 'accepted', output, errors, files that it left"
-    out, err, code = StringIO(), StringIO(), 0
+    out, err, code, threads = StringIO(), StringIO(), 0, torch.get_num_threads()
     with TemporaryDirectory() as tmp, ExitStack() as stack:
         for o in (working_directory(tmp), redirect_stdout(out), redirect_stderr(err), patch.object(sys, 'argv', [command, *args])): stack.enter_context(o)
         try: mains[command]()
         except SystemExit as e: code = e.code
         except Accepted: code = 'accepted'
+        finally: torch.set_num_threads(threads)
         left = [p.name for p in Path(tmp).rglob('*')]
     return SimpleNamespace(code=code, out=out.getvalue(), err=err.getvalue(), left=left)
 
@@ -169,7 +171,7 @@ no_whole = [*nothing, 'word', '1.5', 'nan', 'inf', '1e400', '-1', '-0.5', long, 
 no_number = [*nothing, 'word', '1,5', 'nan', 'inf', '-inf', '1e400', '-1', '-1e-9', '-1e300', long, '1e308']
 refused = {
     '--data': [*nothing, 'nowhere', '-1', '0', 'nan', '~nobody-of-this-name'], '--recipe': [*nothing, 'fastest', 'Stated', '0', '-1', 'nan'],
-    '--seed': [*no_whole, '4294967296'], '--workers': [*no_whole, '257', '1000000'], '--save-every': [*no_whole, '0', '1000000'],
+    '--seed': [*no_whole, '4294967296'], '--threads': [*no_whole, '0', '1025'], '--workers': [*no_whole, '257', '1000000'], '--save-every': [*no_whole, '0', '1000000'],
     '--device': [*nothing, 'abacus', 'meta', 'hpu', '0', '-1', 'cpu:-1', 'nan'], '--out': ['', 'a\0b', 'x'*5000, 'x/'*5000, '~nobody-of-this-name'],
     '--resume': [*nothing, 'nowhere', '0', '-1', 'nan', '.', 'x/'*5000], '--teacher': [*nothing, 'nowhere', '0', '-1', 'nan', '.', 'x/'*5000],
     '--distill': [*no_number, '1', '0.5'], '--n-channels': [*no_whole, '0', '1', '37', '1026', '2147483648'],
@@ -376,11 +378,36 @@ def test_a_folder_that_is_no_run(tmp_path, fault, what, make):
     fault('command', what, message)
 
 
+histories = {  # fault: new content, and what the message says
+    'a history with a renamed column': (lambda old: old.replace(b'epoch', b'Epoch'), 'line 2: epoch is None, but must be 1'),
+    'a history of other text': (lambda old: b'dear diary\n'*99, 'its lines are longer'),
+    'a history that is not UTF-8': (lambda old: b'\xff\xfe' + old, "'utf-8' codec can't decode"),
+    'a history of zeros': (lambda old: bytes(len(old)), 'its lines are longer or shorter than they were'),
+    'a history of one long line': (lambda old: b'x'*10**7, 'its lines are longer or shorter than they were'),
+    'a history with a word for a number': (lambda old: re.sub(rb'\n2,\d', b'\n2,a', old), "line 3: train_loss is 'a"),
+    'a history without its first epoch': (lambda old: old.replace(b'\n1,', b'\n3,'), 'line 2: epoch is 3, but must be 1'),
+    'a history that a spreadsheet has saved': (lambda old: old.replace(b',', b';').replace(b'\n', b'\r\n'), 'its lines are longer'),
+}
+
+
+@pytest.mark.parametrize('what', histories)
+def test_a_history_is_checked_before_the_training(copy, fault, what):
+    make, msg = histories[what]
+    path = copy/'history.csv'
+    path.write_bytes(make(path.read_bytes()))
+    before = content(copy)
+    for more in (['--epochs', '3'], []):  # more to train, and nothing but the curves
+        message = refusal('s9_train', '--resume', str(copy), *more)
+        assert message.startswith(f's9_train: {path}: not the history of this run (') and msg in message and content(copy) == before
+    fault('command', what, message)
+
+
 def test_a_run_under_way_keeps_its_recipe(copy):
     "Another process has the lock: `recipe.json` must go on to say what that process does"
     before = content(copy)
     with FileLock(copy/'checkpoints'/'lock'):
-        assert 'another process' in refusal('s9_train', '--resume', str(copy), '--epochs', '5')
+        message = refusal('s9_train', '--resume', str(copy), '--epochs', '5')
+        assert 'another process' in message and (str(os.getpid()) in message or not Path('/proc/self/fd').exists())
     assert content(copy) == before
     assert typed('s9_train', '--resume', str(copy), '--epochs', '5').code == 'accepted'
     assert json.loads((copy/'recipe.json').read_text())['epochs'] == 5

@@ -21,12 +21,13 @@ from fastcore.basics import patch
 from .. import __version__
 from .checked import checked, field_range
 from .command import shell_command
+from .folder import in_use
 from .paths import recipe_path
 from .recipe import RECIPES, Recipe
 from ..cifar.facts import SPEC
 from ..cifar.loaders import MAX_WORKERS
 from ..core.checks import range_text
-from ..core.environment import environment, get_device
+from ..core.environment import MAX_THREADS, environment, get_device
 from ..core.files import replacing, write_json
 from ..core.paths import check_new_dir, run_path
 from ..core.text import is_there, listed, read_errors, shown
@@ -43,6 +44,7 @@ class RunOptions:
     device:str|None = None # Such as 'cpu' or 'cuda:1'; None: the GPU if there is one, else the CPU
     save_every:Annotated[int, Interval(ge=1, le=999_999)]|None = None # Save every N batches too; None: each epoch
     deterministic:bool = False # Use only deterministic algorithms of torch?
+    threads:Annotated[int, Interval(ge=1, le=MAX_THREADS)]|None = None # CPU threads of torch; None: torch's choice
 
     def torch_device(self)->torch.device: return get_device(self.device)
 
@@ -84,7 +86,7 @@ def _try_folder(path, own):
     try:
         made = _make(path, own)
         with replacing(made/'.writable') as f: f.touch()
-        (made/'.writable').unlink()
+        (made/'.writable').unlink(missing_ok=True)  # another process may try the folder now
         return made
     except (OSError, ValueError, RecursionError) as e:
         for p in missing:
@@ -103,6 +105,7 @@ def new_run_dir(
     check_new_dir(path)
     path = _try_folder(path, own=out is None)
     if _is_unused(path): return path
+    if text := in_use(path): raise FileExistsError(text)
     more = ', or --resume the run in it' if (path/'recipe.json').exists() else ''
     raise FileExistsError(f'out is {str(path)!r}, a folder that is not empty: name another one{more}')
 
@@ -133,6 +136,7 @@ def _read(path):
 
 def _fields(cls, saved):
     "The object of class `cls` whose fields are in `saved`; a ValueError where one is missing or not allowed"
+    saved = {'threads': None, **saved}  # not each earlier version wrote it
     for f in fields(cls):
         if f.name not in saved: raise ValueError(f'{f.name} is missing')
     return cls(**{f.name: saved[f.name] for f in fields(cls)})

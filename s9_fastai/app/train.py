@@ -63,6 +63,7 @@ def s9_train(
     force:bool=False, # With --resume: continue even if settings, versions or the CPU have changed
     save_every:int=None, # Save every N training batches too; default: after each epoch only
     deterministic:bool=False, # Use only deterministic algorithms of torch; on a CPU all are
+    threads:int=None, # CPU threads, which the result depends on; default: torch's choice, with --resume the run's own
     **overrides # Fields of the recipe, such as `epochs=3`
 ): # The trained `Learner`
     "Train the Net on CIFAR-10 and write a run folder: recipe, log, history, checkpoints, weights and figures"
@@ -70,7 +71,7 @@ def s9_train(
     check_paths(data, resume, out, teacher, overrides.get('distill'))
     from s9_fastai.app import training
     own:dict[str, Any] = dict(seed=seed, workers=workers, device=device, save_every=save_every,
-                              deterministic=deterministic or None)
+                              deterministic=deterministic or None, threads=threads)
     own = {k: v for k, v in own.items() if v is not None}
     if resume is not None:
         with training.input_errors(): run = training.resume_run(resume, own, overrides, data, force)

@@ -6,6 +6,7 @@
 __all__ = ['format_row', 'EpochRecorder', 'format_epoch', 'RunLog']
 
 # %% ../../nbs/56_training.record.ipynb #accbc3b5
+import time
 from functools import partial
 
 from fastai.callback.core import Callback
@@ -83,6 +84,7 @@ def after_epoch(self:EpochRecorder):
         missing = [float('nan')]*(1 + len(self.metrics))
         self.log += L(v for pair in zip(self.trained or missing, self.validated or missing) for v in pair)
         self.log.append(self.opt.hypers[-1]['lr'])
+    self.start_epoch = min(self.start_epoch, time.time())  # a clock that was set back
     Recorder.after_epoch(self)
 
 # %% ../../nbs/56_training.record.ipynb #84401b38
