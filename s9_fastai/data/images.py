@@ -7,6 +7,7 @@ __all__ = ['unreadable', 'on_white', 'to_rgb', 'open_image', 'image_of_array', '
 
 # %% ../../nbs/20_data.images.ipynb #de640c21
 import re, warnings
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np, torch
@@ -15,6 +16,7 @@ from fastai.data.transforms import ToTensor
 from fastai.vision.core import TensorImage
 
 from ..augment.pixels import image_fault, uint8_advice
+from ..core.files import read_input
 from ..core.paths import image_path
 from ..core.text import one_line, shown
 
@@ -58,7 +60,7 @@ def open_image(
     image_path(path)
     with warnings.catch_warnings():  # PIL only warns of what is large, up to twice its limit
         warnings.simplefilter('error', Image.DecompressionBombWarning)
-        try: im = Image.open(path)
+        try: im = Image.open(BytesIO(read_input(path, 2**28)))
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
             n, *_ = re.findall(r'\d+', str(e)) or ['too many']
             most = f'at most {Image.MAX_IMAGE_PIXELS} are allowed'
