@@ -58,7 +58,7 @@ class SoundHeader(tarfile.TarInfo):
             raise tarfile.ReadError(f'{e} where a header or the end should be') from e
         if m.size < 0 or m.size > 2**16 and not m.isreg():  # a name is a kilobyte at most
             raise tarfile.ReadError(f'a header of type {m.type!r} says {m.size} bytes')
-        if cls.budget: cls.budget.spend(1, **{'data' if m.isreg() else 'names': m.size})
+        if cls.budget: cls.budget.spend(1, names=0 if m.isreg() else m.size)
         return m
 
     def _proc_sparse(self, *args): raise tarfile.ReadError('a sparse file, whose map may have any length')
@@ -82,25 +82,26 @@ def layout_members(
     room:int # Bytes that it may need in memory, with 1 kB for the record of each member
 ): # Yields (place in the layout, member)
     "The members of `tf` that belong to the layout, each checked; `Refused` at the first that is not admitted"
-    top, left = None, room
+    top, left, budget = None, room, getattr(tf.tarinfo, 'budget', None)
     while m := tf.next():
-        tf.members.clear()  # tarfile would keep them all
+        tf.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
         parts, left = layout_parts(safe_member(m)), left - 2**10
         if parts:
             check_size(m.name, parts, m.size)
             top = check_top(m.name, parts, top)
             if m.isfile(): left -= m.size
+        if budget: budget.spend(data=m.size)
         if left < 0: raise Refused(f'more than {room} bytes of members; unpack it and give the folder')
         if parts: yield parts, m
 
-# %% ../../nbs/42_cifar.archives.ipynb #bad15866
+# %% ../../nbs/42_cifar.archives.ipynb #0530f977
 def _check_xz(f):
     "`lzma.LZMAError` where `f` is an xz file that needs more than 128 MB"
     start = f.read(2**16)
     f.seek(0)
     if start[:6] == b'\xfd7zXZ\0': lzma.LZMADecompressor(memlimit=2**27).decompress(start, 1)
 
-# %% ../../nbs/42_cifar.archives.ipynb #e342b529
+# %% ../../nbs/42_cifar.archives.ipynb #51ec31f8
 def _read_tar(f, room):
     "The files of the layout in the open archive `f`, by their place"
     budget = Budget()

@@ -5,20 +5,20 @@
 # %% auto #0
 __all__ = ['OPCODES', 'MAX_OPCODES', 'check_opcodes']
 
-# %% ../../nbs/42_cifar.opcodes.ipynb #a142670c
+# %% ../../nbs/42_cifar.opcodes.ipynb #d5a51197
 import pickle, pickletools
 
-# %% ../../nbs/42_cifar.opcodes.ipynb #6c7412b6
+# %% ../../nbs/42_cifar.opcodes.ipynb #d813a150
 OPCODES = frozenset(  # Names of the instructions that a batch may have
     'PROTO FRAME STOP MARK NONE NEWTRUE NEWFALSE INT BININT BININT1 BININT2 LONG LONG1 FLOAT BINFLOAT STRING '
-    'BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 BYTEARRAY8 '
-    'EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM SETITEMS '
-    'GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL REDUCE BUILD'.split())
+    'BINSTRING SHORT_BINSTRING UNICODE BINUNICODE SHORT_BINUNICODE BINUNICODE8 BINBYTES SHORT_BINBYTES BINBYTES8 '
+    'BYTEARRAY8 EMPTY_TUPLE TUPLE TUPLE1 TUPLE2 TUPLE3 EMPTY_LIST LIST APPEND APPENDS EMPTY_DICT DICT SETITEM '
+    'SETITEMS GET BINGET LONG_BINGET PUT BINPUT LONG_BINPUT MEMOIZE GLOBAL STACK_GLOBAL REDUCE BUILD'.split())
 
-# %% ../../nbs/42_cifar.opcodes.ipynb #f4e85ac2
+# %% ../../nbs/42_cifar.opcodes.ipynb #4b1a9819
 MAX_OPCODES = 2**18 # Instructions of a batch
 
-# %% ../../nbs/42_cifar.opcodes.ipynb #289d196e
+# %% ../../nbs/42_cifar.opcodes.ipynb #8508d96c
 _mark, _stack = 'MARK', pickletools.markobject
 _texts = {o for o in OPCODES if 'STRING' in o or 'UNICODE' in o or 'BYTES' in o}  # of these, hashes cannot be chosen
 
@@ -35,7 +35,7 @@ def _take(op, stack):
     del stack[len(stack) - n:]
     return taken
 
-# %% ../../nbs/42_cifar.opcodes.ipynb #84ad5a7f
+# %% ../../nbs/42_cifar.opcodes.ipynb #566bdcd7
 def _check_taken(name, taken):
     "`pickle.UnpicklingError` for a dictionary that is none of a batch, or a state for what is no result of a call"
     if name in ('DICT', 'SETITEM', 'SETITEMS'):
@@ -44,7 +44,7 @@ def _check_taken(name, taken):
             raise pickle.UnpicklingError(f'a dictionary of {len(keys)} keys is refused, only a few texts are allowed')
     if name == 'BUILD' and taken[0] != 'REDUCE': raise pickle.UnpicklingError(f'the state of a {taken[0]} is refused')
 
-# %% ../../nbs/42_cifar.opcodes.ipynb #5d0f851c
+# %% ../../nbs/42_cifar.opcodes.ipynb #53d242bd
 def _put(op, arg, taken, memo, n):
     "Values that `op` leaves on the stack, after `n` instructions; `memo` has those that are kept by number"
     if 'PUT' in op.name or op.name == 'MEMOIZE':
@@ -57,19 +57,19 @@ def _put(op, arg, taken, memo, n):
         return [memo[arg]]
     return [op.name]*len(op.stack_after)
 
-# %% ../../nbs/42_cifar.opcodes.ipynb #5cffe20e
+# %% ../../nbs/42_cifar.opcodes.ipynb #ddc35486
 def _step(op, arg, stack, memo, n):
     "Change `stack` and `memo` as `op` with `arg` does, after `n` instructions"
     if op.name not in OPCODES: raise pickle.UnpicklingError(f'the instruction {op.name} is refused, no batch has it')
     if n >= MAX_OPCODES: raise pickle.UnpicklingError(f'more than {MAX_OPCODES} instructions')
-    if _is_put := 'PUT' in op.name or op.name == 'MEMOIZE':
+    if 'PUT' in op.name or op.name == 'MEMOIZE':
         if not stack: raise pickle.UnpicklingError(f'{op.name} of nothing')
         taken = [stack.pop()]
     else: taken = _take(op, stack)
     _check_taken(op.name, taken)
     stack += _put(op, arg, taken, memo, n)
 
-# %% ../../nbs/42_cifar.opcodes.ipynb #97acdd90
+# %% ../../nbs/42_cifar.opcodes.ipynb #d1b918b4
 def check_opcodes(
     data:bytes, # A pickle
 ):

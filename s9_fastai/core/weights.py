@@ -30,7 +30,7 @@ def checksum(
         h.update(t.reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
-# %% ../../nbs/07_core.weights.ipynb #442a9c82
+# %% ../../nbs/07_core.weights.ipynb #59c600c6
 MAX_HEADER = 2**24 # Bytes of the header of a safetensors file
 
 # %% ../../nbs/07_core.weights.ipynb #eafe9895
@@ -42,7 +42,8 @@ def _in_order(data):
     text = json.dumps(header, separators=(',', ':'), ensure_ascii=False).encode()
     text += b' '*(-len(text) % 8)  # the tensors begin at a multiple of 8, as the format asks for
     if len(text) > MAX_HEADER:
-        raise ValueError(f'{len(header)} tensors have a header of {len(text)} bytes, allowed are {MAX_HEADER}: save less')
+        raise ValueError(f'{len(header)} tensors have a header of {len(text)} bytes, allowed are at most {MAX_HEADER}: '
+                         'save fewer of them')
     return len(text).to_bytes(8, 'little') + text, memoryview(data)[8 + n:]
 
 def write_tensors(
@@ -55,7 +56,7 @@ def write_tensors(
     data = safetensors.torch.save(tensors, {**about, 'checksum': checksum(tensors, about)})
     with replacing(path) as f: f.write_bytes(b''.join(_in_order(data)))
 
-# %% ../../nbs/07_core.weights.ipynb #e5fb8b11
+# %% ../../nbs/07_core.weights.ipynb #e0b4b182
 _names = dict(BOOL='bool', U8='uint8', I8='int8', U16='uint16', I16='int16', U32='uint32', I32='int32', U64='uint64',
               I64='int64', F16='float16', BF16='bfloat16', F32='float32', F64='float64', C64='complex64',
               F8_E4M3='float8_e4m3fn', F8_E5M2='float8_e5m2', F8_E8M0='float8_e8m0fnu')
@@ -73,7 +74,7 @@ def _without_data(name, o):
         raise ValueError(f'{name!r} has the shape {shape!r:.50} and the data_offsets {at!r:.50}')
     return torch.empty(shape, dtype=dtype, device='meta'), at
 
-# %% ../../nbs/07_core.weights.ipynb #98068ba7
+# %% ../../nbs/07_core.weights.ipynb #d7ddc46f
 def _once(pairs):
     "A dictionary of `pairs`; a ValueError for a name that is there twice"
     found = dict(pairs)
@@ -95,12 +96,13 @@ def _parse_header(f):
     if not 2 <= n <= min(MAX_HEADER, size - 8): raise ValueError(f'a header of {n} bytes, in a file of {size}')
     header = json.loads(f.read(n).decode('utf-8'), object_pairs_hook=_once)
     about = header.pop('__metadata__', {})
-    if type(about) is not dict or not all(type(v) is str for v in about.values()): raise ValueError('texts that are none')
+    if type(about) is not dict or not all(type(v) is str for v in about.values()):
+        raise ValueError('the texts of the header are none')
     found = {k: _without_data(k, o) for k, o in header.items()}
     _check_places([at for _, at in found.values()], size - 8 - n)
     return about, {k: t for k, (t, _) in found.items()}, {k: 8 + n + at[0] for k, (_, at) in found.items()}
 
-# %% ../../nbs/07_core.weights.ipynb #227bc111
+# %% ../../nbs/07_core.weights.ipynb #89910215
 @dataclass
 class TensorFile:
     "An open safetensors file, of which the header has been read"
@@ -110,7 +112,7 @@ class TensorFile:
     shapes:dict # The tensors by name, on the device `meta`: types and shapes without data
     begins:dict # Where the data of each tensor begins, in bytes
 
-# %% ../../nbs/07_core.weights.ipynb #23273c6a
+# %% ../../nbs/07_core.weights.ipynb #70008a9d
 @contextmanager
 def open_tensors(
     path, # A .safetensors file
@@ -127,7 +129,7 @@ def open_tensors(
             raise ValueError(f'{path}: not a safetensors file, or a damaged one ({e}); use another copy') from e
         yield file
 
-# %% ../../nbs/07_core.weights.ipynb #1fa93af9
+# %% ../../nbs/07_core.weights.ipynb #43f671b0
 def _fill(file, name):
     "The tensor `name` of `file`, with its data"
     t = torch.empty(file.shapes[name].shape, dtype=file.shapes[name].dtype)
@@ -137,7 +139,7 @@ def _fill(file, name):
     if t.dtype is torch.bool and data.max(initial=0) > 1: raise ValueError(f'{name!r} is neither true nor false')
     return t
 
-# %% ../../nbs/07_core.weights.ipynb #d7c37154
+# %% ../../nbs/07_core.weights.ipynb #9f6c0ae3
 @patch
 def read(self:TensorFile,
     need_checksum:bool=False, # Refuse a file without our checksum, as other programs write it?
@@ -183,7 +185,7 @@ def check_weights(
         a, b = (_kind_of_weight(o[k]) if k in o else 'nothing' for o in (weights, old))
         if a != b: raise ValueError(f'{k} is {a}, but this model has {b} there')
 
-# %% ../../nbs/07_core.weights.ipynb #fee973e8
+# %% ../../nbs/07_core.weights.ipynb #a2c1b331
 def check_finite(
     weights:dict, # Tensors by name
     infinite=(), # Names of tensors that may have infinite values, but no NaN

@@ -27,14 +27,14 @@ def _original_keys(name):
     if part == 'norm': return [f'{block}.convblock.1.{leaf}']
     return [name]  # fc
 
-# %% ../../nbs/32_nets.original.ipynb #be39e647
-_admitted = re.compile(r'collections OrderedDict|torch\._utils _rebuild_(tensor|parameter)\w*|torch\.nn\.parameter Parameter|'
-                       r'torch(\.storage)? \w+Storage|torch [a-z]\w*')
+# %% ../../nbs/32_nets.original.ipynb #1352644c
+_admitted = re.compile(r'collections OrderedDict|torch\._utils _rebuild_(tensor|parameter)\w*|torch [a-z]\w*|'
+                       r'torch(\.storage)? \w+Storage|torch\.nn\.parameter Parameter')
 
 def _check_names(pickled):
     "A ValueError at the first name in a pickle, bytes or an open file, that no weights have"
     for n, (op, arg, _) in enumerate(pickletools.genops(pickled)):
-        if op.name == 'GLOBAL' and not _admitted.fullmatch(arg): raise ValueError(f'{arg} is refused')
+        if op.name == 'GLOBAL' and not _admitted.fullmatch(str(arg)): raise ValueError(f'{arg} is refused')
         if n > 2**18: raise ValueError(f'more than {n} instructions')
 
 def _check_weights_file(f):
@@ -57,9 +57,9 @@ def _read_weights(fname):
         try:
             _check_weights_file(f)
             return torch.load(f, map_location='cpu', weights_only=True)
-        except OSError: raise
         except Exception as e:  # damage in the pickle or in the zip around it comes as any of ten types
-            raise ValueError(f'{fname}: damaged, or not weights alone; save the state_dict of the original again') from e
+            remedy = 'save the state_dict of the original again'
+            raise ValueError(f'{fname}: damaged, or not weights alone; {remedy}') from e
 
 # %% ../../nbs/32_nets.original.ipynb #f9e2d510
 def _check_tensor(key, sd, ref):

@@ -98,7 +98,7 @@ def put_back(
     else: items = [put_back(a, b) for a, b in _pairs(now if is_collection(now) else (), v)]
     return _refill(now if _family(now) == _family(v) else v, items)
 
-# %% ../../nbs/61_resume.objects.ipynb #c161ee32
+# %% ../../nbs/61_resume.objects.ipynb #4d8c0093
 def _width(v):
     "0 for true and false, 1 for whole numbers, 2 for floats, 3 for complex ones; None for what is no number"
     if isinstance(v, torch.Tensor):
@@ -106,7 +106,7 @@ def _width(v):
     if isinstance(v, (np.ndarray, np.generic)): return 'bifc'.find('i' if v.dtype.kind == 'u' else v.dtype.kind)
     return next((i for i, t in enumerate((bool, int, float, complex)) if isinstance(v, t)), None)
 
-# %% ../../nbs/61_resume.objects.ipynb #ec587779
+# %% ../../nbs/61_resume.objects.ipynb #0b335cc2
 def _fits(now, v):
     "May a tensor `v` take the place of the number or tensor `now`, by the kind of numbers in it?"
     was, will = _width(now), _width(v)
