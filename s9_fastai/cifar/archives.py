@@ -94,14 +94,14 @@ def layout_members(
         if left < 0: raise Refused(f'more than {room} bytes of members; unpack it and give the folder')
         if parts: yield parts, m
 
-# %% ../../nbs/42_cifar.archives.ipynb #0530f977
+# %% ../../nbs/42_cifar.archives.ipynb #93f201a0
 def _check_xz(f):
     "`lzma.LZMAError` where `f` is an xz file that needs more than 128 MB"
     start = f.read(2**16)
     f.seek(0)
     if start[:6] == b'\xfd7zXZ\0': lzma.LZMADecompressor(memlimit=2**27).decompress(start, 1)
 
-# %% ../../nbs/42_cifar.archives.ipynb #51ec31f8
+# %% ../../nbs/42_cifar.archives.ipynb #3ad0397e
 def _read_tar(f, room):
     "The files of the layout in the open archive `f`, by their place"
     budget = Budget()

@@ -5,27 +5,27 @@
 # %% auto #0
 __all__ = ['Budget', 'OverBudget', 'check_zip']
 
-# %% ../../nbs/05_core.budget.ipynb #3283c5cc
+# %% ../../nbs/05_core.budget.ipynb #dc39c03f
 import struct, time, zipfile
 from dataclasses import dataclass, field
 
 from fastcore.basics import patch
 
-# %% ../../nbs/05_core.budget.ipynb #6dc16536
+# %% ../../nbs/05_core.budget.ipynb #1cf6e6a8
 @dataclass
 class Budget:
     "What may still be spent on an archive"
-    members:int = 100_000 # Files, folders and all else that has a header of its own
+    members:int = 70_000 # Files, folders and all else that has a header of its own
     names:int = 2**24 # Bytes of long names and extended attributes
     data:int = 3*2**27 # Bytes of all members together
     seconds:float = 60. # Of processor time
     begun:float = field(default_factory=time.thread_time) # When the first step was taken
     steps:int = 0 # Steps so far
 
-# %% ../../nbs/05_core.budget.ipynb #80822201
+# %% ../../nbs/05_core.budget.ipynb #a528149f
 class OverBudget(ValueError): "An archive that takes more work than it may; the message has the limit"
 
-# %% ../../nbs/05_core.budget.ipynb #d17096ca
+# %% ../../nbs/05_core.budget.ipynb #73c4f4b1
 @patch
 def spend(self:Budget,
     members:int=0, # Headers to read
@@ -41,7 +41,7 @@ def spend(self:Budget,
     if self.steps % 2**10: return  # to read the clock may take longer than the step
     if time.thread_time() - self.begun > self.seconds: raise OverBudget(f'more than {self.seconds:.0f} s of work')
 
-# %% ../../nbs/05_core.budget.ipynb #f40fc5b3
+# %% ../../nbs/05_core.budget.ipynb #5f288973
 def check_zip(
     f, # An open file
     budget:Budget, # From which its members are taken
