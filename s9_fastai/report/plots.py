@@ -36,7 +36,7 @@ def save_picture(
         with replacing(path) as f: fig.savefig(f, format='png')
     return fig
 
-# %% ../../nbs/37_report.plots.ipynb #c2c09e4d
+# %% ../../nbs/37_report.plots.ipynb #dca19e17
 def _read_csv(path):
     "The table in the file `path`, of 16 MB at most; a ValueError for one that would be far larger in memory"
     data = read_input(path, 2**24)
@@ -59,7 +59,8 @@ def read_history(
         if df is None: df = _read_csv(name)
         df = df[_columns].astype(float)
     except (ValueError, KeyError) as e:
-        raise ValueError(f'{name}: not a history ({shown(str(e).strip())}); it needs {", ".join(_columns)} in numbers') from e
+        why = shown(str(e).strip())
+        raise ValueError(f'{name}: not a history ({why}); it needs {", ".join(_columns)} in numbers') from e
     if df.empty: raise ValueError(f'{name}: no epoch in it; it needs at least 1, so train first')
     return df.replace([math.inf, -math.inf], math.nan)
 
