@@ -30,8 +30,8 @@ def checksum(
         h.update(t.reshape(-1).view(torch.uint8).numpy())
     return h.hexdigest()
 
-# %% ../../nbs/07_core.weights.ipynb #59c600c6
-MAX_HEADER = 2**24 # Bytes of the header of a safetensors file
+# %% ../../nbs/07_core.weights.ipynb #dc3dc5f1
+MAX_HEADER = 2**22 # Bytes of the header of a safetensors file
 
 # %% ../../nbs/07_core.weights.ipynb #eafe9895
 def _in_order(data):
@@ -56,7 +56,7 @@ def write_tensors(
     data = safetensors.torch.save(tensors, {**about, 'checksum': checksum(tensors, about)})
     with replacing(path) as f: f.write_bytes(b''.join(_in_order(data)))
 
-# %% ../../nbs/07_core.weights.ipynb #e0b4b182
+# %% ../../nbs/07_core.weights.ipynb #5a06813c
 _names = dict(BOOL='bool', U8='uint8', I8='int8', U16='uint16', I16='int16', U32='uint32', I32='int32', U64='uint64',
               I64='int64', F16='float16', BF16='bfloat16', F32='float32', F64='float64', C64='complex64',
               F8_E4M3='float8_e4m3fn', F8_E5M2='float8_e5m2', F8_E8M0='float8_e8m0fnu')
@@ -74,7 +74,7 @@ def _without_data(name, o):
         raise ValueError(f'{name!r} has the shape {shape!r:.50} and the data_offsets {at!r:.50}')
     return torch.empty(shape, dtype=dtype, device='meta'), at
 
-# %% ../../nbs/07_core.weights.ipynb #d7ddc46f
+# %% ../../nbs/07_core.weights.ipynb #16058f54
 def _once(pairs):
     "A dictionary of `pairs`; a ValueError for a name that is there twice"
     found = dict(pairs)
@@ -102,7 +102,7 @@ def _parse_header(f):
     _check_places([at for _, at in found.values()], size - 8 - n)
     return about, {k: t for k, (t, _) in found.items()}, {k: 8 + n + at[0] for k, (_, at) in found.items()}
 
-# %% ../../nbs/07_core.weights.ipynb #89910215
+# %% ../../nbs/07_core.weights.ipynb #1f120dac
 @dataclass
 class TensorFile:
     "An open safetensors file, of which the header has been read"
@@ -112,7 +112,7 @@ class TensorFile:
     shapes:dict # The tensors by name, on the device `meta`: types and shapes without data
     begins:dict # Where the data of each tensor begins, in bytes
 
-# %% ../../nbs/07_core.weights.ipynb #70008a9d
+# %% ../../nbs/07_core.weights.ipynb #9a5bbe14
 @contextmanager
 def open_tensors(
     path, # A .safetensors file
@@ -129,7 +129,7 @@ def open_tensors(
             raise ValueError(f'{path}: not a safetensors file, or a damaged one ({e}); use another copy') from e
         yield file
 
-# %% ../../nbs/07_core.weights.ipynb #43f671b0
+# %% ../../nbs/07_core.weights.ipynb #1839f6ee
 def _fill(file, name):
     "The tensor `name` of `file`, with its data"
     t = torch.empty(file.shapes[name].shape, dtype=file.shapes[name].dtype)
@@ -139,7 +139,7 @@ def _fill(file, name):
     if t.dtype is torch.bool and data.max(initial=0) > 1: raise ValueError(f'{name!r} is neither true nor false')
     return t
 
-# %% ../../nbs/07_core.weights.ipynb #9f6c0ae3
+# %% ../../nbs/07_core.weights.ipynb #f95c253a
 @patch
 def read(self:TensorFile,
     need_checksum:bool=False, # Refuse a file without our checksum, as other programs write it?
@@ -185,7 +185,7 @@ def check_weights(
         a, b = (_kind_of_weight(o[k]) if k in o else 'nothing' for o in (weights, old))
         if a != b: raise ValueError(f'{k} is {a}, but this model has {b} there')
 
-# %% ../../nbs/07_core.weights.ipynb #a2c1b331
+# %% ../../nbs/07_core.weights.ipynb #effaee9d
 def check_finite(
     weights:dict, # Tensors by name
     infinite=(), # Names of tensors that may have infinite values, but no NaN

@@ -11,7 +11,7 @@ from io import BytesIO
 from pathlib import Path
 
 import numpy as np, torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from fastai.data.transforms import ToTensor
 from fastai.vision.core import TensorImage
 
@@ -49,7 +49,9 @@ def to_rgb(
         raise ValueError(f'{shown(name)}: mode {im.mode}, whose white is not known; {advice}')
     try:  # 16 bits: PIL's convert would cut at 255, so that all but the darkest pixels are white
         if im.mode.startswith('I;16'): im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8))
-        return on_white(ImageOps.exif_transpose(im)).convert('RGB')  # phones store photos as the sensor lay
+        if im.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # phones store photos as the sensor lay
+            im = ImageOps.exif_transpose(im)  # which copies, and a large image fits into memory three times at most
+        return on_white(im).convert('RGB')
     except Exception as e: raise unreadable(name, e) from e
 
 # %% ../../nbs/20_data.images.ipynb #ddca4167
