@@ -34,8 +34,12 @@ def on_white(
 )->Image.Image:
     "`im` on a white background; an image without transparency as it is"
     if 'A' not in im.getbands() and 'transparency' not in im.info: return im
-    im = im.convert('RGBA')
-    return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
+    if im.mode != 'RGBA': im = im.convert('RGBA')
+    new = Image.new('RGB', im.size)
+    for y in range(0, im.height, 256):  # in strips, since each copy of a large image is 0.4 GB
+        part = im.crop((0, y, im.width, min(y + 256, im.height)))
+        new.paste(Image.alpha_composite(Image.new('RGBA', part.size, 'white'), part).convert('RGB'), (0, y))
+    return new
 
 # %% ../../nbs/20_data.images.ipynb #69345c96
 def to_rgb(
@@ -51,7 +55,8 @@ def to_rgb(
         if im.mode.startswith('I;16'): im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8))
         if im.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # phones store photos as the sensor lay
             im = ImageOps.exif_transpose(im)  # which copies, and a large image fits into memory three times at most
-        return on_white(im).convert('RGB')
+        new = on_white(im)
+        return im.convert('RGB') if new is im else new
     except Exception as e: raise unreadable(name, e) from e
 
 # %% ../../nbs/20_data.images.ipynb #ddca4167
