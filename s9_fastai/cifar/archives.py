@@ -6,15 +6,18 @@
 __all__ = ['safe_member', 'check_python', 'SoundHeader', 'check_top', 'layout_members', 'archive_files']
 
 # %% ../../nbs/42_cifar.archives.ipynb #2f2f4ad6
-import os, sys, tarfile
+import lzma, os, re, sys, tarfile
 from pathlib import Path, PurePosixPath
 
 from .facts import BATCHES, Refused, check_size, layout_parts
+from ..core.budget import Budget, OverBudget
+from ..core.files import open_input
 from ..core.text import one_line, shown
 
 # %% ../../nbs/42_cifar.archives.ipynb #43821286
 # tarfile's filter judges by the folder to unpack in, and follows the links there: one that does not exist has none
 _nowhere = os.path.join(os.sep, 'in memory only, CIFAR-10')
+_plain = re.compile(r'\w[\w.-]*(/\w[\w.-]*)*', re.ASCII)
 
 def safe_member(
     m:tarfile.TarInfo # A member of the archive
@@ -22,6 +25,7 @@ def safe_member(
     "The name of `m` if it is a plain file or folder inside its place; else `Refused` that names `m`"
     why = 'an absolute name' if m.name.startswith('/') else '' if m.isfile() or m.isdir() else 'a link or a device'
     if m.size < 0: why = 'fewer than no bytes'  # tarfile would go back and read the same again and again
+    if not why and _plain.fullmatch(m.name): return m.name
     try: tarfile.data_filter(m, _nowhere)
     except tarfile.FilterError as e: why = why or f'{type(e).__name__}, it points out of the archive'
     if why: raise Refused(f'member {m.name!r} is refused ({why}); get the archive from a trusted source')
@@ -38,7 +42,9 @@ def check_python(
 
 # %% ../../nbs/42_cifar.archives.ipynb #9b691bb5
 class SoundHeader(tarfile.TarInfo):
-    "A member of an archive; `tarfile.ReadError` where its header is damaged, missing or too large"
+    "A member of an archive; `tarfile.ReadError` where its header is damaged, missing, too large or of a sparse file"
+    budget = None # A `Budget`, in a class for one archive
+
     @classmethod
     def frombuf(cls,
         buf:bytes, # The header, 512 bytes; zeros are the end of the archive
@@ -50,9 +56,14 @@ class SoundHeader(tarfile.TarInfo):
         except tarfile.HeaderError as e:
             if len(buf) == 512 and not any(buf): raise
             raise tarfile.ReadError(f'{e} where a header or the end should be') from e
-        if m.size < 0 or m.size > 2**20 and not m.isreg():  # a name is a kilobyte at most
+        if m.size < 0 or m.size > 2**16 and not m.isreg():  # a name is a kilobyte at most
             raise tarfile.ReadError(f'a header of type {m.type!r} says {m.size} bytes')
+        if cls.budget: cls.budget.spend(1, names=0 if m.isreg() else m.size)
         return m
+
+    def _proc_sparse(self, *args): raise tarfile.ReadError('a sparse file, whose map may have any length')
+
+    _proc_gnusparse_00 = _proc_gnusparse_01 = _proc_gnusparse_10 = _proc_sparse  # in extended headers
 
 # %% ../../nbs/42_cifar.archives.ipynb #f1dc8576
 def check_top(
@@ -71,15 +82,35 @@ def layout_members(
     room:int # Bytes that it may need in memory, with 1 kB for the record of each member
 ): # Yields (place in the layout, member)
     "The members of `tf` that belong to the layout, each checked; `Refused` at the first that is not admitted"
-    top, left = None, room
-    for m in tf:
+    top, left, budget = None, room, getattr(tf.tarinfo, 'budget', None)
+    while m := tf.next():
+        tf.members.clear()  # type: ignore[attr-defined]  # tarfile would keep them all
         parts, left = layout_parts(safe_member(m)), left - 2**10
         if parts:
             check_size(m.name, parts, m.size)
             top = check_top(m.name, parts, top)
             if m.isfile(): left -= m.size
+        if budget: budget.spend(data=m.size)
         if left < 0: raise Refused(f'more than {room} bytes of members; unpack it and give the folder')
         if parts: yield parts, m
+
+# %% ../../nbs/42_cifar.archives.ipynb #93f201a0
+def _check_xz(f):
+    "`lzma.LZMAError` where `f` is an xz file that needs more than 128 MB"
+    start = f.read(2**16)
+    f.seek(0)
+    if start[:6] == b'\xfd7zXZ\0': lzma.LZMADecompressor(memlimit=2**27).decompress(start, 1)
+
+# %% ../../nbs/42_cifar.archives.ipynb #3ad0397e
+def _read_tar(f, room):
+    "The files of the layout in the open archive `f`, by their place"
+    budget = Budget()
+    _check_xz(f)
+    with tarfile.open(fileobj=f, mode='r:*', tarinfo=type('Header', (SoundHeader,), dict(budget=budget))) as tf:
+        files = {parts: tf.extractfile(m).read() if m.isfile() else None  # type: ignore[union-attr]
+                 for parts, m in layout_members(tf, room)}
+        while rest := tf.fileobj.read(2**20): budget.spend(data=len(rest))
+    return files
 
 # %% ../../nbs/42_cifar.archives.ipynb #2c692968
 def archive_files(
@@ -88,12 +119,9 @@ def archive_files(
 ) -> dict: # Place in the layout -> content, `None` for a folder
     "The visible files of the layout in the archive `path`; `ValueError` for a damaged archive or an unsafe member"
     check_python(path)
-    with open(path, 'rb') as f:
-        try:
-            with tarfile.open(fileobj=f, mode='r:*', tarinfo=SoundHeader) as tf:
-                files = {parts: tf.extractfile(m).read() if m.isfile() else None  # type: ignore[union-attr]
-                         for parts, m in layout_members(tf, room)}
-                while tf.fileobj.read(2**20): pass  # up to the end, where gzip compares its checksum
+    with open_input(path, 2**32) as f:
+        try: files = _read_tar(f, room)
+        except OverBudget as e: raise ValueError(f'{shown(path)}: {e}; unpack it and give the folder') from e
         except Refused as e: raise ValueError(f'{shown(path)}: {e}') from e
         except Exception as e:  # tarfile's errors, and those of whatever decompressor it chose
             raise ValueError(f'{shown(path)}: not a tar archive, or damaged ({one_line(e)}); get it again') from e

@@ -17,7 +17,7 @@ import numpy as np
 
 from .facts import SPLITS, Cifar10, Split
 from .layouts import folder_files, read_source
-from ..core.files import remove_abandoned
+from ..core.files import open_input, read_json, remove_abandoned
 from ..core.text import is_there, one_line, read_errors, shown
 
 # %% ../../nbs/45_cifar.cache.ipynb #aed95829
@@ -73,6 +73,16 @@ def write_cache(
         f.flush()
         os.fsync(f.fileno())
 
+# %% ../../nbs/45_cifar.cache.ipynb #85d9bb75
+def _mapped(path):
+    "The array in the file `path`, mapped into memory; a ValueError for one of other numbers than `write_cache` writes"
+    with open_input(path, 2**29) as f:
+        version = np.lib.format.read_magic(f)
+        if version != (1, 0): raise ValueError(f'{path.name} has the version {version}')
+        shape, is_fortran, dtype = np.lib.format.read_array_header_1_0(f)
+        if dtype not in (np.uint8, np.int64): raise ValueError(f'{path.name} is of {dtype}')
+        return np.memmap(f, dtype, 'r', f.tell(), shape, 'F' if is_fortran else 'C')
+
 # %% ../../nbs/45_cifar.cache.ipynb #de7ce671
 def open_cache(
     folder:Path, # What `write_cache` wrote
@@ -80,8 +90,8 @@ def open_cache(
 ) -> Cifar10: # Arrays mapped into memory, read-only
     "The arrays in `folder`, read once from `source`; `ValueError` if they are not as they were written"
     try:
-        prints = json.loads((folder/'meta.json').read_text())
-        arrays = {n: np.load(folder/f'{n}.npy', mmap_mode='r', allow_pickle=False) for n in ARRAYS}
+        prints = read_json(folder/'meta.json')
+        arrays = {n: _mapped(folder/f'{n}.npy') for n in ARRAYS}
         bad = [n for n in ARRAYS if prints[n] != fingerprint(arrays[n])]
     except Exception as e:  # numpy parses a file's header as Python text: damage there may raise anything
         raise ValueError(f'{shown(folder)}: the cache is damaged ({one_line(e)})') from e

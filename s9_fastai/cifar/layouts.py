@@ -15,6 +15,7 @@ from fastprogress.fastprogress import progress_bar
 
 from .archives import archive_files
 from .facts import BATCHES, CLASSES, SPLITS, Split, check_size
+from ..core.files import open_input
 from ..core.text import is_there, read_errors, show_bars, shown
 from .pickles import read_batch
 from .png import decode_png
@@ -63,9 +64,10 @@ def file_bytes(
     if isinstance(src, bytes): return src
     name = shown('/'.join(parts))
     if not src or not os.path.isfile(src): raise ValueError(f'{name}: not a file; put the file in its place')
-    with open(src, 'rb') as f:
-        check_size(name, parts, os.fstat(f.fileno()).st_size)
-        return f.read()
+    with open_input(src, 2**40) as f:  # `check_size` has the limit
+        size = os.fstat(f.fileno()).st_size
+        check_size(name, parts, size)
+        return f.read(size)
 
 # %% ../../nbs/44_cifar.layouts.ipynb #28617635
 def read_batches(

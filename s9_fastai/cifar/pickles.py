@@ -12,6 +12,7 @@ from io import BytesIO
 import numpy as np
 
 from .facts import Split
+from .opcodes import check_opcodes
 from ..core.text import one_line
 
 # %% ../../nbs/43_cifar.pickles.ipynb #479fafc0
@@ -44,6 +45,8 @@ def _latin1(
     if encoding != 'latin1': raise pickle.UnpicklingError(f"_codecs.encode with {encoding!r}, only 'latin1' is allowed")
     return s.encode('latin1')
 
+def _no_bytes(): return b''
+
 def _reconstruct(kind, shape, code): return NumberArray(0, np.uint8)  # shape and type follow with the array's state
 
 def _frombuffer(data, kind, shape, order):  # as protocol 5 has it
@@ -52,24 +55,22 @@ def _frombuffer(data, kind, shape, order):  # as protocol 5 has it
     return np.frombuffer(data, kind.dtype).reshape(shape, order=order)
 
 # %% ../../nbs/43_cifar.pickles.ipynb #d602b7e9
-_types = (bool, int, float, complex, str, bytes, bytearray, list, tuple, dict, set, frozenset)
-
 #: The names that a pickle may use, each with what it stands for; `_core` is numpy 2, `core` numpy 1
 ADMITTED = {('numpy', 'ndarray'): 'ndarray', ('numpy', 'dtype'): NumberType, ('_codecs', 'encode'): _latin1,
             **{(f'numpy.{o}.multiarray', '_reconstruct'): _reconstruct for o in ('core', '_core')},
             **{(f'numpy.{o}.numeric', '_frombuffer'): _frombuffer for o in ('core', '_core')},
-            **{(o, t.__name__): t for o in ('builtins', '__builtin__') for t in _types}}
+            **{(o, 'bytes'): _no_bytes for o in ('builtins', '__builtin__')}}
 
 # %% ../../nbs/43_cifar.pickles.ipynb #e9e414ff
 class ArrayUnpickler(pickle.Unpickler):
-    "Reads numpy arrays and plain Python values; `pickle.UnpicklingError` at the first other name"
+    "Reads numpy arrays, numbers, texts, lists and dictionaries; `pickle.UnpicklingError` at the first other name"
     def find_class(self,
         module:str, # The module that the pickle names
         name:str # The name in it
     ):
         "What `ADMITTED` has for `name` in `module`, without importing anything"
         if (module, name) in ADMITTED: return ADMITTED[module, name]
-        raise pickle.UnpicklingError(f'{module}.{name} is refused, only numpy arrays and builtin types are allowed')
+        raise pickle.UnpicklingError(f'{module}.{name} is refused, only numpy arrays are allowed')
 
 # %% ../../nbs/43_cifar.pickles.ipynb #18d1cf41
 def read_batch(
@@ -78,6 +79,7 @@ def read_batch(
 ) -> Split: # Images (N, 32, 32, 3) uint8, labels (N,) int64
     "Images and labels in `data`; `ValueError` that starts with `name` for anything that is not a CIFAR-10 batch"
     try:
+        check_opcodes(data)
         d = ArrayUnpickler(BytesIO(data), encoding='latin1').load()
         d = {k.decode() if isinstance(k, bytes) else k: v for k,v in d.items()}
         x, y = np.asarray(d['data']) if isinstance(d['data'], np.ndarray) else d['data'], d['labels']

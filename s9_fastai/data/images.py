@@ -7,14 +7,16 @@ __all__ = ['unreadable', 'on_white', 'to_rgb', 'open_image', 'image_of_array', '
 
 # %% ../../nbs/20_data.images.ipynb #de640c21
 import re, warnings
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np, torch
-from PIL import Image, ImageOps
+from PIL import ExifTags, Image, ImageOps
 from fastai.data.transforms import ToTensor
 from fastai.vision.core import TensorImage
 
 from ..augment.pixels import image_fault, uint8_advice
+from ..core.files import read_input
 from ..core.paths import image_path
 from ..core.text import one_line, shown
 
@@ -32,8 +34,12 @@ def on_white(
 )->Image.Image:
     "`im` on a white background; an image without transparency as it is"
     if 'A' not in im.getbands() and 'transparency' not in im.info: return im
-    im = im.convert('RGBA')
-    return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im)
+    if im.mode != 'RGBA': im = im.convert('RGBA')
+    new = Image.new('RGB', im.size)
+    for y in range(0, im.height, 256):  # in strips, since each copy of a large image is 0.4 GB
+        part = im.crop((0, y, im.width, min(y + 256, im.height)))
+        new.paste(Image.alpha_composite(Image.new('RGBA', part.size, 'white'), part).convert('RGB'), (0, y))
+    return new
 
 # %% ../../nbs/20_data.images.ipynb #69345c96
 def to_rgb(
@@ -47,7 +53,10 @@ def to_rgb(
         raise ValueError(f'{shown(name)}: mode {im.mode}, whose white is not known; {advice}')
     try:  # 16 bits: PIL's convert would cut at 255, so that all but the darkest pixels are white
         if im.mode.startswith('I;16'): im = Image.fromarray((np.asarray(im) >> 8).astype(np.uint8))
-        return on_white(ImageOps.exif_transpose(im)).convert('RGB')  # phones store photos as the sensor lay
+        if im.getexif().get(ExifTags.Base.Orientation, 1) != 1:  # phones store photos as the sensor lay
+            im = ImageOps.exif_transpose(im)  # which copies, and a large image fits into memory three times at most
+        new = on_white(im)
+        return im.convert('RGB') if new is im else new
     except Exception as e: raise unreadable(name, e) from e
 
 # %% ../../nbs/20_data.images.ipynb #ddca4167
@@ -58,7 +67,7 @@ def open_image(
     image_path(path)
     with warnings.catch_warnings():  # PIL only warns of what is large, up to twice its limit
         warnings.simplefilter('error', Image.DecompressionBombWarning)
-        try: im = Image.open(path)
+        try: im = Image.open(BytesIO(read_input(path, 2**28)))
         except (Image.DecompressionBombWarning, Image.DecompressionBombError) as e:
             n, *_ = re.findall(r'\d+', str(e)) or ['too many']
             most = f'at most {Image.MAX_IMAGE_PIXELS} are allowed'

@@ -6,12 +6,15 @@
 __all__ = ['load_original']
 
 # %% ../../nbs/32_nets.original.ipynb #0252c0a0
+import os, pickletools, re, zipfile
 from collections.abc import Mapping
 from os import PathLike
 from pathlib import Path
 
 import torch
 
+from ..core.budget import Budget, check_zip
+from ..core.files import open_input
 from .net import Net
 
 # %% ../../nbs/32_nets.original.ipynb #943e987d
@@ -24,14 +27,39 @@ def _original_keys(name):
     if part == 'norm': return [f'{block}.convblock.1.{leaf}']
     return [name]  # fc
 
+# %% ../../nbs/32_nets.original.ipynb #1352644c
+_admitted = re.compile(r'collections OrderedDict|torch\._utils _rebuild_(tensor|parameter)\w*|torch [a-z]\w*|'
+                       r'torch(\.storage)? \w+Storage|torch\.nn\.parameter Parameter')
+
+def _check_names(pickled):
+    "A ValueError at the first name in a pickle, bytes or an open file, that no weights have"
+    for n, (op, arg, _) in enumerate(pickletools.genops(pickled)):
+        if op.name == 'GLOBAL' and not _admitted.fullmatch(str(arg)): raise ValueError(f'{arg} is refused')
+        if n > 2**18: raise ValueError(f'more than {n} instructions')
+
+def _check_weights_file(f):
+    "An error for the open file `f` unless it is what `torch.save` writes of tensors"
+    size = os.fstat(f.fileno()).st_size
+    if f.read(2) == b'PK':
+        names = [m.filename for m in check_zip(f, Budget(data=size)) if m.filename.endswith('.pkl')]
+        with zipfile.ZipFile(f) as z:
+            for nm in names: _check_names(z.read(nm))
+    else:
+        f.seek(0)
+        for _ in range(5): _check_names(f)
+    f.seek(0)
+
 # %% ../../nbs/32_nets.original.ipynb #9b7ac3be
 def _read_weights(fname):
     "The content of `fname`, on the CPU; FileNotFoundError or ValueError that names it"
     if not Path(fname).is_file(): raise FileNotFoundError(f'{fname}: no such file; give one saved from a state_dict')
-    try: return torch.load(fname, map_location='cpu', weights_only=True)
-    except OSError: raise
-    except Exception as e:  # damage in the pickle or in the zip around it comes as any of ten types
-        raise ValueError(f'{fname}: damaged, or not weights alone; save the state_dict of the original again') from e
+    with open_input(fname, 2**32) as f:
+        try:
+            _check_weights_file(f)
+            return torch.load(f, map_location='cpu', weights_only=True)
+        except Exception as e:  # damage in the pickle or in the zip around it comes as any of ten types
+            remedy = 'save the state_dict of the original again'
+            raise ValueError(f'{fname}: damaged, or not weights alone; {remedy}') from e
 
 # %% ../../nbs/32_nets.original.ipynb #f9e2d510
 def _check_tensor(key, sd, ref):

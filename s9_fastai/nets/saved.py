@@ -8,8 +8,10 @@ __all__ = ['save_net', 'load_net']
 # %% ../../nbs/32_nets.saved.ipynb #28d459f1
 import json
 
+import torch
+
 from ..core.spec import ImageSpec
-from ..core.weights import check_weights, read_tensors, write_tensors
+from ..core.weights import check_finite, check_weights, open_tensors, write_tensors
 from .net import WEIGHTS, Net
 
 # %% ../../nbs/32_nets.saved.ipynb #de1b463c
@@ -23,7 +25,7 @@ def save_net(
     "Write the weights of `net`, with all that is needed to use them; an OSError as `naming`"
     write_tensors(path, net.state_dict(), architecture=json.dumps(architecture), **spec.header(), **about)
 
-# %% ../../nbs/32_nets.saved.ipynb #453f0032
+# %% ../../nbs/32_nets.saved.ipynb #70e86d44
 def _architecture(about):
     "The arguments of `Net` in a header; a ValueError or TypeError where there are none"
     found = json.loads(about.get('architecture', 'null'))
@@ -33,21 +35,42 @@ def _architecture(about):
     if not 2 <= n <= 1024: raise ValueError(f'n_channels is {n}, allowed are 2 to 1024')
     return found
 
+def _described(file, architecture, spec):
+    "Architecture and image spec in the header of `file`, or those given; a ValueError unless the tensors are theirs"
+    if 'classes' in file.about or spec is None: spec = ImageSpec.of_header(file.about)
+    if 'architecture' in file.about or architecture is None: architecture = _architecture(file.about)
+    if spec.size > 1024: raise ValueError(f'images of {spec.size} pixels, allowed are at most 1024')
+    with torch.device('meta'): net = Net(**architecture)
+    check_weights(net, file.shapes)
+    n, n_logits = len(spec.classes), net.fc.out_features
+    if n != n_logits: raise ValueError(f'{n} classes for {n_logits} logits')
+    return architecture, spec
+
+# %% ../../nbs/32_nets.saved.ipynb #35ad99c9
+@torch.no_grad()
+def _check_result(net, spec):
+    "A ValueError unless `net` has finite logits for an image with pixels of every value"
+    image = torch.arange(32*32*3).remainder(256).to(torch.uint8).view(1, 32, 32, 3)
+    if not net(spec.batch(image.numpy())).isfinite().all():
+        raise ValueError('its logits are not finite, since its weights are too large')
+
+# %% ../../nbs/32_nets.saved.ipynb #453f0032
 def load_net(
     path=WEIGHTS, # From `save_net`; default: the weights in the package
     architecture:dict|None=None, # Arguments of `Net` for a file without them in its header; None: refuse such a file
     spec:ImageSpec|None=None, # For a file without one in its header; None: refuse such a file
 )->tuple: # A `Net` on the CPU in evaluation mode, and its `ImageSpec`
     "The network in the file `path`; a ValueError that names the file where it is damaged or has no architecture"
-    tensors, about = read_tensors(path)
-    try:
-        if 'classes' in about or spec is None: spec = ImageSpec.of_header(about)
-        if 'architecture' in about or architecture is None: architecture = _architecture(about)
-        net = Net(**architecture)
-        check_weights(net, tensors)
-        n, n_logits = len(spec.classes), net.fc.out_features
-        if n != n_logits: raise ValueError(f'{n} classes for {n_logits} logits')
-    except (TypeError, ValueError, RecursionError) as e:
-        raise ValueError(f'{path}: {e}; use a file that s9_fastai has written') from e
+    with open_tensors(path) as file:
+        try: architecture, spec = _described(file, architecture, spec)
+        except (ArithmeticError, RuntimeError, TypeError, ValueError) as e:  # RuntimeError: also of deep nesting
+            raise ValueError(f'{path}: {e}; use a file that s9_fastai has written') from e
+        tensors = file.read()
+    net = Net(**architecture).eval()
     net.load_state_dict(tensors)
-    return net.eval(), spec
+    try:
+        check_finite(tensors)
+        _check_result(net, spec)
+    except (RuntimeError, ValueError) as e:  # RuntimeError: mean and std of other than three channels
+        raise ValueError(f'{path}: {e}; use weights of a training that did not diverge') from e
+    return net, spec

@@ -6,7 +6,7 @@
 __all__ = ['Picture', 'save_picture', 'read_history', 'plot_curves']
 
 # %% ../../nbs/37_report.plots.ipynb #e8eb7333
-import math
+import csv, math, re
 from io import BytesIO
 from pathlib import Path
 
@@ -14,7 +14,8 @@ import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from ..core.files import replacing
+from ..core.files import read_input, replacing
+from ..core.text import shown
 
 # %% ../../nbs/37_report.plots.ipynb #a7c77e77
 class Picture(Figure):
@@ -35,6 +36,15 @@ def save_picture(
         with replacing(path) as f: fig.savefig(f, format='png')
     return fig
 
+# %% ../../nbs/37_report.plots.ipynb #dca19e17
+def _read_csv(path):
+    "The table in the file `path`, of 16 MB at most; a ValueError for one that would be far larger in memory"
+    data = read_input(path, 2**24)
+    head = re.match(rb'\s*([^\r\n]*)', data)[1]  # type: ignore[index]
+    n = (head.count(b',') + 1)*(data.count(b'\n') + data.count(b'\r'))
+    if n > 2**22: raise ValueError(f'{n} values, allowed are at most {2**22}')
+    return pd.read_csv(BytesIO(data), quoting=csv.QUOTE_NONE)
+
 # %% ../../nbs/37_report.plots.ipynb #1320d31d
 _columns = ['epoch', 'train_loss', 'valid_loss', 'train_accuracy', 'valid_accuracy', 'lr']
 
@@ -46,10 +56,11 @@ def read_history(
     if df is None and not Path(name).is_file():
         raise FileNotFoundError(f'{name}: no such file; give the history.csv of a run folder')
     try:
-        if df is None: df = pd.read_csv(name)
+        if df is None: df = _read_csv(name)
         df = df[_columns].astype(float)
     except (ValueError, KeyError) as e:
-        raise ValueError(f'{name}: not a history ({e}); it needs {", ".join(_columns)} in numbers') from e
+        why = shown(str(e).strip())
+        raise ValueError(f'{name}: not a history ({why}); it needs {", ".join(_columns)} in numbers') from e
     if df.empty: raise ValueError(f'{name}: no epoch in it; it needs at least 1, so train first')
     return df.replace([math.inf, -math.inf], math.nan)
 

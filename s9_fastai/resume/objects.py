@@ -98,6 +98,21 @@ def put_back(
     else: items = [put_back(a, b) for a, b in _pairs(now if is_collection(now) else (), v)]
     return _refill(now if _family(now) == _family(v) else v, items)
 
+# %% ../../nbs/61_resume.objects.ipynb #4d8c0093
+def _width(v):
+    "0 for true and false, 1 for whole numbers, 2 for floats, 3 for complex ones; None for what is no number"
+    if isinstance(v, torch.Tensor):
+        return 3 if v.is_complex() else 2 if v.is_floating_point() else int(v.dtype is not torch.bool)
+    if isinstance(v, (np.ndarray, np.generic)): return 'bifc'.find('i' if v.dtype.kind == 'u' else v.dtype.kind)
+    return next((i for i, t in enumerate((bool, int, float, complex)) if isinstance(v, t)), None)
+
+# %% ../../nbs/61_resume.objects.ipynb #0b335cc2
+def _fits(now, v):
+    "May a tensor `v` take the place of the number or tensor `now`, by the kind of numbers in it?"
+    was, will = _width(now), _width(v)
+    if not isinstance(v, (torch.Tensor, np.ndarray)) or was is None or will is None: return True
+    return was <= will and (will < 3 or was == 3)
+
 # %% ../../nbs/61_resume.objects.ipynb #9a219942
 def _can_follow(now, v):
     "Can an attribute have been `now` and become `v`? Most values stay of their kind; a number may become a tensor"
@@ -119,7 +134,8 @@ def check_value(
     now, of_class = vars(o).get(k), getattr(type(o), k, None)
     why = ("is Python's own" if k.startswith('__') else
            'is a method' if callable(of_class) or _is_computed(of_class) else
-           None if _can_follow(now, v) else f'is {type(v).__name__} in place of {type(now).__name__}')
+           f'is {type(v).__name__} in place of {type(now).__name__}' if not _can_follow(now, v) else
+           None if _fits(now, v) else f'is of {v.dtype} in place of {getattr(now, "dtype", type(now).__name__)}')
     if why: raise ValueError(f'{k} of {type(o).__name__} {why}')
 
 # %% ../../nbs/61_resume.objects.ipynb #b492b82b

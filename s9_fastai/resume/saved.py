@@ -10,6 +10,8 @@ import json, math, re, warnings
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 from .state import read_state
 
 # %% ../../nbs/66_resume.saved.ipynb #59b8a278
@@ -37,6 +39,13 @@ def _place(v, n_epoch):
     if not ok or not 0 <= v[0] <= n_epoch or v[2] < 0: raise ValueError(f'its place is {v} in {n_epoch} epochs')
     return Place(*v)
 
+def _check_losses(learner):
+    "A ValueError for a loss that is a tensor of anything but one float"
+    for k in ('loss', 'smooth_loss'):
+        v = learner.get(k)
+        if isinstance(v, torch.Tensor) and (v.numel() != 1 or not v.is_floating_point()):
+            raise ValueError(f'its {k} is {v.dtype} {list(v.shape)}, but must be one float')
+
 def _checked(state):
     "`state` with its `Place`; a ValueError or TypeError where a key is missing or a value is nothing that was saved"
     for k, kind in _kinds.items():
@@ -47,6 +56,7 @@ def _checked(state):
     if not ok or not all(isinstance(v, (int, float, type(None))) for o in fits for v in [*o['lr'], *o['wd']]):
         raise ValueError('its fits are no settings')
     json.dumps(fits)  # a TypeError for what is neither text nor number: that could not be compared
+    _check_losses(state['learner'])
     if not math.isfinite(state['time']): raise ValueError(f'its time is {state["time"]}')
     return {**state, 'place': _place(state['place'], fits[-1]['n_epoch'])}
 

@@ -7,6 +7,7 @@ __all__ = ['TeacherLogits', 'check_teacher', 'distillation_loss', 'check_logits'
 
 # %% ../../nbs/55_training.distill.ipynb #b7fb6464
 from numbers import Integral
+from textwrap import shorten
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +19,7 @@ from ..augment.keyed import KeyedDL
 from ..core.checks import check_number
 from ..core.text import read_errors, shown
 from ..core.events import in_fit
-from ..core.weights import checksum, read_tensors, write_tensors
+from ..core.weights import checksum, open_tensors, write_tensors
 from ..data.source import image_source
 
 # %% ../../nbs/55_training.distill.ipynb #4b664395
@@ -52,10 +53,14 @@ def load(cls:TeacherLogits,
     path, # From `save`
 ):
     "The logits in the file `path`; a ValueError for a file of something else, an OSError that names `path`"
-    with read_errors(path): tensors, about = read_tensors(path)
-    about = {k: v for k, v in about.items() if k in ('data_key', 'held_out')}
+    with read_errors(path), open_tensors(path, 2**32) as file:
+        if [*file.shapes] != ['logits']:  # then no data is read
+            names = shorten(shown(', '.join(file.shapes)), 99)
+            raise ValueError(f"{path}: no teacher's logits in it ({names}); use another copy")
+        tensors = file.read()
+        about = {k: v for k, v in file.about.items() if k in ('data_key', 'held_out')}
     try: return cls(tensors['logits'], **about)
-    except (KeyError, ValueError) as e:
+    except ValueError as e:
         raise ValueError(f"{path}: no teacher's logits in it ({e}); use another copy") from e
 
 # %% ../../nbs/55_training.distill.ipynb #1d698733

@@ -8,6 +8,7 @@ __all__ = ['format_row', 'EpochRecorder', 'format_epoch', 'RunLog']
 # %% ../../nbs/56_training.record.ipynb #accbc3b5
 import time
 from functools import partial
+from textwrap import shorten
 
 from fastai.callback.core import Callback
 from fastai.callback.progress import CSVLogger, ProgressCallback
@@ -17,9 +18,10 @@ from fastcore.basics import patch
 from fastcore.foundation import L
 from fastprogress.fastprogress import ConsoleMasterBar
 
-from ..core.files import append_text, cut_file
+from ..core.files import append_text, cut_file, open_input
 from ..core.events import in_fit
 from ..core.paths import given_path
+from ..core.text import shown
 
 # %% ../../nbs/56_training.record.ipynb #971aaf96
 def _cell(v, width):
@@ -151,6 +153,16 @@ class RunLog(Callback):
 
     def after_train(self): self.last = self.learn.loss.item(), self.learn.iter
 
+# %% ../../nbs/56_training.record.ipynb #dfbadbef
+def _columns(path):
+    "The names in the first line of the file `path`; one empty name where there is no such line"
+    if not path.exists(): return ['']
+    with open_input(path, 2**26) as f: line = f.readline(2**16)
+    try: return line.decode('utf-8').rstrip('\r\n').split(',')
+    except ValueError as e: raise ValueError(f'{path}: its first line is not UTF-8 ({e}); put it back as it was') from e
+
+def _names_text(names): return shorten(shown(', '.join(names)), 300, placeholder='...')
+
 # %% ../../nbs/56_training.record.ipynb #d709c777
 def _check_names(names, columns):
     "ValueError where two metrics have one column"
@@ -164,10 +176,10 @@ def check_columns(self:RunLog):
     "ValueError where a column of history.csv would have two meanings"
     now, path = self.recorder.metric_names, self.run_dir/'history.csv'
     _check_names(self.metrics.attrgot('name'), now)
-    then = path.read_text(encoding='utf-8').partition('\n')[0].split(',') if path.exists() else ['']
+    then = _columns(path)
     if then in ([''], list(now)): return
-    gone, new = (', '.join(o for o in a if o not in b) or 'none' for a, b in ((then, now), (now, then)))
-    raise ValueError(f'{path} has the columns {", ".join(then)}, but this fit has {", ".join(now)} '
+    gone, new = (_names_text(o for o in a if o not in b) or 'none' for a, b in ((then, now), (now, then)))
+    raise ValueError(f'{path} has the columns {_names_text(then)}, but this fit has {", ".join(now)} '
                      f'(missing: {gone}; new: {new}): take the metrics that the run was begun with, or another '
                      'run_dir')
 
