@@ -159,7 +159,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    's9_fastai.app.run._is_unused': ('app.run.html#_is_unused', 's9_fastai/app/run.py'),
                                    's9_fastai.app.run._make': ('app.run.html#_make', 's9_fastai/app/run.py'),
                                    's9_fastai.app.run._parsed': ('app.run.html#_parsed', 's9_fastai/app/run.py'),
-                                   's9_fastai.app.run._read': ('app.run.html#_read', 's9_fastai/app/run.py'),
                                    's9_fastai.app.run._try_folder': ('app.run.html#_try_folder', 's9_fastai/app/run.py'),
                                    's9_fastai.app.run.new_run_dir': ('app.run.html#new_run_dir', 's9_fastai/app/run.py'),
                                    's9_fastai.app.run.open_run': ('app.run.html#open_run', 's9_fastai/app/run.py'),

@@ -51,10 +51,10 @@ def test_nothing_is_written_into_a_pipe(tmp_path):
 
 quick = {'pickle: bytearray(10**10)': 'builtin__.bytearray is refused', 'pickle: LONG_BINPUT 2**31 - 1': 'LONG_BINPUT 2147483647 is refused', 'pickle: a key of 2**60 tuples': 'only a few texts',
          'pickle: a set of 50,000 numbers of one hash': 'the instruction EMPTY_SET is refused', 'tar: a member of 2 GB': 'more than 402653184 bytes; unpack it',
-         'original: bytearray(10**10)': 'damaged, or not weights alone', 'weights: a tensor of 8 GB of zeros': 'were ever written', 'teacher: logits of 8 GB of zeros': 'bytes, allowed are at most',
+         'original: bytearray(10**10)': 'damaged, or not weights alone', 'weights: a tensor of 8 GB of zeros': 'were ever written', 'teacher: logits of 8 GB of zeros': 'bytes that are allowed (',
          'net: a million million classes': 'but this model has', 'net: images of 10**6 pixels': 'images of 1000000 pixels, allowed are at most 1024', 'net: NaN weights': 'values of conv1.conv.weight are not finite',
          'net: infinite weights': 'values of conv1.conv.weight are not finite', 'net: weights of 3e38': 'its logits are not finite', 'checkpoint: a loss of whole numbers': 'its loss is torch.int64 []',
-         'checkpoint: a complex loss': 'its loss is torch.complex64 []', 'history: a line of 300 MB': 'bytes, allowed are at most 16777216', 'recipe: 300 MB': 'megabyte',
+         'checkpoint: a complex loss': 'its loss is torch.complex64 []', 'history: a line of 300 MB': 'more than the 16777216 bytes', 'recipe: 300 MB': 'more than the 1048576 bytes',
          'cache: meta.json of nested lists': 'the cache is damaged', 'png: 4 * 10**18 pixels': 'cannot be read as an image'}
 
 
@@ -109,9 +109,8 @@ ALLOWED = {  # a module, and what it may call
     'resume.learner': ('read_text', 'the file of a CSVLogger, which is open'),
     **{k: ('load', 'of `TeacherLogits`') for k in ('app.teacher', 'app.training')},
     'app.options': ('read_text', "the package's own file"),
-    'app.results': ('read_bytes', 'files that it has just written, and those that they replace'),
-    'app.run': ('open', 'with a limit, of a path that is a file'),
-    'app.command': ('open', 'the null device, for writing'),
+    **{k: ('open', 'the null device') for k in ('app.command', 'app.entry', 'core.signals')},
+    'app.folder': ('open', 'the folder itself'),
 }
 
 

@@ -9,6 +9,7 @@ __all__ = ['history_size', 'check_rows', 'check_history']
 from contextlib import suppress
 from pathlib import Path
 
+from ..core.files import open_input
 from ..core.text import is_there, read_errors, shown
 
 # %% ../../nbs/75_app.history.ipynb #1f70e68d
@@ -51,7 +52,7 @@ def check_history(
     with read_errors(path):
         if not size or not is_there(path): return
         if not path.is_file(): raise ValueError(f'{shown(path)}: not a file; put the history of the run back')
-        with open(path, 'rb') as f: data = f.read(size)
+        with open_input(path, 2**24) as f: data = f.read(size)
     if len(data) < size: return
     try: check_rows(data.decode('utf-8'))
     except ValueError as e:

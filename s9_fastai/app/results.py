@@ -8,14 +8,14 @@ __all__ = ['REACHED', 'print_epoch', 'replace_changed', 'finish', 'next_step', '
 
 # %% ../../nbs/76_app.results.ipynb #66722601
 import json
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from .command import BadInput, RunFailed, plain_message, shell_command
 from .folder import OpenFolder
-from ..core.files import replacing
+from ..core.files import read_input, replacing
 from ..core.signals import Stopped
 from ..core.text import shown
 from ..nets.saved import save_net
@@ -38,10 +38,10 @@ def replace_changed(
     old:Path, # Where it belongs; there may be nothing, something else, or the same already
 )->bool: # Was it written?
     "Put the content of `new` at `old`, and leave what is there untouched where it is the same; an OSError as `naming`"
-    try:
-        if old.read_bytes() == new.read_bytes(): return False
-    except OSError: pass  # it is missing
-    with replacing(old) as f: f.write_bytes(new.read_bytes())
+    data = read_input(new, 2**28)
+    with suppress(OSError, ValueError):  # it is missing, or something else than a file
+        if read_input(old, 2**28) == data: return False
+    with replacing(old) as f: f.write_bytes(data)
     return True
 
 # %% ../../nbs/76_app.results.ipynb #be346194

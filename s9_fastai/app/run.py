@@ -6,7 +6,7 @@
 __all__ = ['RunOptions', 'option_values', 'Run', 'new_run_dir', 'open_run']
 
 # %% ../../nbs/77_app.run.ipynb #7cb6eb97
-import json, os, re
+import os, re
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime
@@ -28,7 +28,7 @@ from ..cifar.facts import SPEC
 from ..cifar.loaders import MAX_WORKERS
 from ..core.checks import range_text
 from ..core.environment import MAX_THREADS, environment, get_device
-from ..core.files import replacing, write_json
+from ..core.files import read_json, replacing, write_json
 from ..core.paths import check_new_dir, run_path
 from ..core.text import is_there, listed, read_errors, shown
 from ..nets.saved import load_net
@@ -127,13 +127,6 @@ def write(self:Run,
 # %% ../../nbs/77_app.run.ipynb #7be4d103
 _renamed = {'average': 'ema', 'rise': 'pct_start'}  # fields of a recipe, as version 0.1.0 wrote them
 
-def _read(path):
-    "The JSON in the file `path`; a ValueError without its name"
-    with open(path, 'rb') as f: data = f.read(2**20 + 1)
-    if len(data) > 2**20: raise ValueError('more than a megabyte')
-    try: return json.loads(data.decode('utf-8'))
-    except (ValueError, RecursionError) as e: raise ValueError(f'not JSON ({e})') from e
-
 def _fields(cls, saved):
     "The object of class `cls` whose fields are in `saved`; a ValueError where one is missing or not allowed"
     saved = {'threads': None, **saved}  # not each earlier version wrote it
@@ -164,9 +157,8 @@ def open_run(
 )->Run:
     "The run in the folder `path`; a ValueError that names the file and what is wrong, an OSError if it cannot be read"
     file = recipe_path(path)
-    try:
-        with read_errors(file): saved = _read(file)
-        return Run(Path(path), *_parsed(saved))
+    with read_errors(file): saved = read_json(file)
+    try: return Run(Path(path), *_parsed(saved))
     except ValueError as e: raise ValueError(f'{shown(file)}: {e}; put the file back as it was') from e
 
 # %% ../../nbs/77_app.run.ipynb #34f3f89e
@@ -186,7 +178,7 @@ def keep_source(self:Run,
     "Record where the images of the run are, unless that is recorded already; an OSError as `naming`"
     file, path = self.path/'checkpoints'/'data.json', path if path == 'sample' else os.path.abspath(path)
     with suppress(OSError, ValueError):
-        if _read(file) == path: return
+        if read_json(file) == path: return
     write_json(file, path)
 
 # %% ../../nbs/77_app.run.ipynb #515c12cd
@@ -195,8 +187,8 @@ def kept_source(self:Run)->str|None: # For `load_cifar`; None where it is not re
     "Where the images of the run are; a ValueError that names the file where it is damaged"
     file = self.path/'checkpoints'/'data.json'
     if not file.is_file(): return 'sample' if self.record.get('data') == 'sample' else None  # it was killed before that
-    try: path = _read(file)
-    except ValueError as e: raise ValueError(f'{shown(file)}: {e}; remove it, and give --data') from e
+    try: path = read_json(file)
+    except ValueError as e: raise ValueError(f'{e}, or remove it and give --data') from e
     if not isinstance(path, str): raise ValueError(f'{shown(file)}: no path in it; remove it, and give --data')
     if path == 'sample' or os.path.exists(path): return path
     raise ValueError(f"the run's images were at {shown(path)}, where there is nothing now: name their place with "

@@ -52,7 +52,7 @@ def _check_kind(path, mode):
 def _check_size(path, size, on_disk, limit):
     "A ValueError for a file of more than `limit` bytes, or of more than a gigabyte with hardly any of it on the disk"
     if size > limit:
-        raise ValueError(f'{shown(path)}: {size} bytes, allowed are at most {limit}; put a sound file in its place')
+        raise ValueError(f'{shown(path)}: more than the {limit} bytes that are allowed ({size}); put a sound file in its place')
     if size > 2**30 and on_disk < size//100:
         raise ValueError(f'{shown(path)}: {size} bytes, of which only {on_disk} were ever written; use another copy')
 
@@ -82,10 +82,11 @@ def read_input(
 def read_json(
     path, # A file of JSON, of a megabyte at most
 ): # What is in it
-    "The JSON in `path`; a ValueError for what is no JSON, which does not name it; else errors as `open_input`"
+    "The JSON in `path`; a ValueError that names the file for what is no JSON; else errors as `open_input`"
     data = read_input(path, 2**20)
     try: return json.loads(data.decode('utf-8'))
-    except (ValueError, RecursionError) as e: raise ValueError(f'not JSON ({e})') from e
+    except (ValueError, RecursionError) as e:
+        raise ValueError(f'{shown(path)}: not JSON ({e}); put the file back as it was') from e
 
 # %% ../../nbs/01_core.files.ipynb #3a6e3c08
 def sync_folder(
