@@ -44,7 +44,8 @@ def start(
     function:str, # A function without arguments there
 ):
     "Run a command, with its streams, threads and Ctrl-C set up before anything is imported"
-    open_streams(), wait_passively()
+    open_streams()
+    wait_passively()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, partial(stop_import, command))
     try: main = getattr(import_module(f's9_fastai.app.{module}'), function)

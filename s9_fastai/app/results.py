@@ -37,7 +37,7 @@ def replace_changed(
     new:Path, # A file, complete
     old:Path, # Where it belongs; there may be nothing, something else, or the same already
 )->bool: # Was it written?
-    "Put the content of `new` at `old`, and leave what is there untouched where it is the same; an OSError as `naming`"
+    "Put the content of `new` at `old`, unless that is the same already; `CannotWrite` if that fails"
     data = read_input(new, 2**28)
     with suppress(OSError, ValueError):  # it is missing, or something else than a file
         if read_input(old, 2**28) == data: return False
@@ -49,7 +49,7 @@ def finish(
     learn, # A trained `Learner`
     run_dir:Path, # Its run folder
 )->list: # Names of the files that were written
-    "Write weights and figures of `learn` to `run_dir`; an OSError as `naming`"
+    "Write weights and figures of `learn` to `run_dir`; `CannotWrite` if that fails"
     with TemporaryDirectory() as tmp:
         tmp = Path(tmp)
         recipe, spec = learn.recipe, learn.dls.source.spec

@@ -115,7 +115,7 @@ def write(self:Run,
     source, # The `Source` of the loaders
     teacher_logits=None, # Of its teacher; None where there is none
 ):
-    "Write the teacher's logits, then `recipe.json`: a folder without one counts as unused; an OSError as `naming`"
+    "Write the teacher's logits, then `recipe.json`: a folder without one counts as unused; `CannotWrite` if that fails"
     device = self.options.torch_device()
     dtype = autocast_dtype(device) if self.recipe.compute == 'fast' else torch.float32
     teacher = {'teacher': teacher_logits.key} if teacher_logits else {}
@@ -175,7 +175,7 @@ def net(self:Run)->tuple: # A `Net` on the CPU in evaluation mode, and the `Imag
 def keep_source(self:Run,
     path:str, # Of a `Source`
 ):
-    "Record where the images of the run are, unless that is recorded already; an OSError as `naming`"
+    "Record where the images of the run are, unless that is recorded already; `CannotWrite` if that fails"
     file, path = self.path/'checkpoints'/'data.json', path if path == 'sample' else os.path.abspath(path)
     with suppress(OSError, ValueError):
         if read_json(file) == path: return

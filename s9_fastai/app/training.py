@@ -83,7 +83,7 @@ def claim_folder(
     learn, # With a `Checkpoint`
     run_dir, # Its run folder
 ):
-    "Lock the folder for this process; a ResumeError with the process that has it, an OSError as `naming`"
+    "Lock the folder; a ResumeError with the process that has it, `CannotWrite` if it cannot be written"
     with naming(run_dir):
         try: learn.checkpoint.claim()
         except ResumeError as e: raise ResumeError(in_use(run_dir) or str(e)) from e

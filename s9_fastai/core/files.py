@@ -103,8 +103,8 @@ def sync_folder(
 def replacing(
     path, # The file to be written; what is there stays whole until the new one is complete
 ):
-    """A temporary path that becomes `path` when the block ends without an exception, and vanishes otherwise; an OSError
-    as `naming`"""
+    """A temporary path that becomes `path` when the block ends without an exception, and vanishes otherwise;
+    `CannotWrite` if that fails"""
     path = Path(path)
     tmp = path.with_name(f'.{os.getpid()}-{path.name}')
     try:
@@ -121,7 +121,7 @@ def write_json(
     path, # File, replaced as a whole
     obj, # What JSON can hold
 ):
-    "Write `obj` to `path`, two spaces an indent; an OSError as `naming`"
+    "Write `obj` to `path`, two spaces an indent; `CannotWrite` if that fails"
     with replacing(path) as f: f.write_text(json.dumps(obj, indent=2) + '\n', encoding='utf-8')
 
 # %% ../../nbs/01_core.files.ipynb #26ffd92a
@@ -159,7 +159,7 @@ def cut_file(
     path, # File
     size:int, # Bytes to keep, at most as many as there are
 ):
-    "Cut `path` to its first `size` bytes, also on the disk; an OSError as `naming`"
+    "Cut `path` to its first `size` bytes, also on the disk; `CannotWrite` if that fails"
     with naming(path), _open_to_write(path, 'r+b') as f:
         f.truncate(size)
         os.fsync(f.fileno())
@@ -169,7 +169,7 @@ def append_text(
     path, # File, made if it is not there; its folder must be
     text:str, # Added at the end
 )->int: # The size of the file now, in bytes
-    "Add `text` to `path`, all of it or nothing, so that it is on the disk when this returns; an OSError as `naming`"
+    "Add `text` to `path`, all of it or nothing, so that it is on the disk when this returns; `CannotWrite` if that fails"
     with naming(path), _open_to_write(path, 'ab') as f:
         size = f.tell()
         try:

@@ -51,7 +51,7 @@ def write_tensors(
     tensors:dict, # By name; copied to the CPU
     **about:str # Kept in the file's header
 ):
-    "Write `tensors` with their `checksum`; an OSError as `naming`"
+    "Write `tensors` with their `checksum`; `CannotWrite` if that fails"
     tensors = {k: t.detach().cpu().contiguous() for k, t in tensors.items()}
     data = safetensors.torch.save(tensors, {**about, 'checksum': checksum(tensors, about)})
     with replacing(path) as f: f.write_bytes(b''.join(_in_order(data)))
@@ -168,7 +168,7 @@ def save_weights(
     path, # A .safetensors file, replaced as a whole
     **about:str # Kept in the file's header
 ):
-    "The weights of `model` as safetensors: numbers only, nothing that could run when read; an OSError as `naming`"
+    "The weights of `model` as safetensors: numbers only, nothing that could run when read; `CannotWrite` if that fails"
     write_tensors(path, model.state_dict(), **about)
 
 # %% ../../nbs/07_core.weights.ipynb #a8c7a943

@@ -22,7 +22,7 @@ def save_net(
     spec:ImageSpec, # Its classes and images
     **about:str # Kept in the header too
 ):
-    "Write the weights of `net`, with all that is needed to use them; an OSError as `naming`"
+    "Write the weights of `net`, with all that is needed to use them; `CannotWrite` if that fails"
     write_tensors(path, net.state_dict(), architecture=json.dumps(architecture), **spec.header(), **about)
 
 # %% ../../nbs/32_nets.saved.ipynb #70e86d44

@@ -158,7 +158,7 @@ def decode(
 
 # %% ../../nbs/60_resume.state.ipynb #3dc820c0
 def write_state(
-    path, # A .safetensors file, replaced as a whole; OSError as `naming`
+    path, # A .safetensors file, replaced as a whole; `CannotWrite` if that fails
     state, # What `encode` takes
 ):
     "Write any `state` that `encode` takes"
