@@ -52,7 +52,8 @@ def _check_kind(path, mode):
 def _check_size(path, size, on_disk, limit):
     "A ValueError for a file of more than `limit` bytes, or of more than a gigabyte with hardly any of it on the disk"
     if size > limit:
-        raise ValueError(f'{shown(path)}: more than the {limit} bytes that are allowed ({size}); put a sound file in its place')
+        raise ValueError(f'{shown(path)}: more than the {limit} bytes that are allowed ({size}); put a sound file in its '
+                         'place')
     if size > 2**30 and on_disk < size//100:
         raise ValueError(f'{shown(path)}: {size} bytes, of which only {on_disk} were ever written; use another copy')
 
@@ -169,7 +170,7 @@ def append_text(
     path, # File, made if it is not there; its folder must be
     text:str, # Added at the end
 )->int: # The size of the file now, in bytes
-    "Add `text` to `path`, all of it or nothing, so that it is on the disk when this returns; `CannotWrite` if that fails"
+    "Add `text` to `path`, all of it or nothing, and to the disk before this returns; `CannotWrite` if that fails"
     with naming(path), _open_to_write(path, 'ab') as f:
         size = f.tell()
         try:
