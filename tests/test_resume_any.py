@@ -1,11 +1,14 @@
 "Any Learner: a fit that is broken off and taken up in a new Learner ends with the same bits, or is refused by the name of what differs"
+import array
 import itertools
 import random
 import signal
 import warnings
-from collections import Counter, deque
+from collections import Counter, OrderedDict, defaultdict, deque
 from decimal import Decimal
+from enum import Enum, IntEnum
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pandas as pd
@@ -24,11 +27,13 @@ from fastai.torch_core import TensorCategory, set_seed
 from fastai.vision.augment import aug_transforms
 from fastai.vision.core import TensorImage
 from fasttransform import Pipeline, Transform
+from PIL import Image
 from torch import nn
 from torch.utils.data import IterableDataset, RandomSampler, TensorDataset, WeightedRandomSampler
 
 from s9_fastai.resume.checkpoint import Checkpoint
 from s9_fastai.augment.keyed import KeyedDL
+from s9_fastai.resume.changed import in_workers
 from s9_fastai.resume.saved import ResumeError
 from s9_fastai.test_utils import quiet, synth_dls, synth_groups, synth_learner, synth_model
 
@@ -108,6 +113,42 @@ def order_draw(self):
     return self.state[0]
 
 
+class Phase(Enum): HEAD, BODY = 1, 2
+class Level(IntEnum): LOW, HIGH = 1, 2
+
+
+def is_first(self):
+    "Compares by identity, and goes to the next member"
+    was, self.state = self.state, [*type(self.state)][1]
+    return was is [*type(was)][0]
+
+
+def nested(new, change):
+    "A container that the first step makes in a dict"
+    def draw(self): return change(self.state.setdefault('a', new()))
+    return dict, draw
+
+
+def turn(o):
+    o.move_to_end(next(iter(o)))
+    return next(iter(o.values()))
+
+
+def count_up(o):
+    o['x'] += 1
+    return o['x']
+
+
+def rounded(self):
+    self.state = self.state*np.float32(0.9) + np.float32(0.1)
+    return self.state*1e6 % 1
+
+
+def is_image(self):
+    was, self.state = self.state, TensorImage(torch.ones(1))
+    return isinstance(was, TensorImage)
+
+
 kinds = {
     'random.Random': (lambda: random.Random(seed()), numpy_draw), 'numpy Generator': (lambda: np.random.default_rng(seed()), numpy_draw),
     'Philox': (lambda: np.random.Generator(np.random.Philox(seed())), numpy_draw), 'RandomState': (lambda: np.random.RandomState(seed()), lambda self: self.state.rand()),
@@ -116,6 +157,8 @@ kinds = {
     'list': (lambda: [*range(12)], order_draw), 'Counter': (Counter, lambda self: self.state.update('a') or self.state['a']),
     'text': (lambda: '', rebound(lambda s: s + 'x')), 'bytes': (lambda: b'', rebound(lambda s: s + b'x')), 'complex': (lambda: 0j, rebound(lambda s: s + 1j)),
     'Decimal': (lambda: Decimal(0), rebound(lambda s: s + Decimal('0.1'))), 'count': (itertools.count, lambda self: next(self.state)),
+    'Enum': (lambda: Phase.HEAD, is_first), 'IntEnum': (lambda: Level.LOW, is_first), 'float32': (lambda: np.float32(0), rounded), 'class of a tensor': (lambda: torch.ones(1), is_image),
+    'new OrderedDict': nested(lambda: OrderedDict(a=1, b=2), turn), 'new defaultdict': nested(lambda: defaultdict(int), count_up),
     'numpy array': (lambda: np.zeros(3), lambda self: self.state.__iadd__(1)[0]), 'tensor': (lambda: torch.zeros(3), lambda self: self.state.add_(1)[0])}
 
 
@@ -151,6 +194,46 @@ def closure():
 
 
 def by_keyword(x, h=None): return h(x)
+def brighter(x, n): return x + n*0.01 if x.is_floating_point() else x
+
+
+def numbered():
+    def tfm(x):
+        tfm.n += 1
+        return brighter(x, tfm.n)
+    tfm.n = 0
+    return tfm
+
+
+def by_default():
+    def tfm(x, seen=[]):  # noqa: B006 (that is the case)
+        seen.append(1)
+        return brighter(x, len(seen))
+    return tfm
+
+
+class Passes:
+    "Its attribute has the name of one that a loader has for an epoch"
+    def __init__(self): self.it = 0
+    def __call__(self, x):
+        self.it += 1
+        return brighter(x, self.it)
+
+
+class Single:
+    "A state of one value, which no callback keeps"
+    def __init__(self, state, change): self.state, self.change = state, change
+    def __call__(self, x):
+        self.state, n = self.change(self.state)
+        return brighter(x, n)
+
+
+def one_of_many(o):
+    o[7] += 1
+    return o, o[7]
+
+
+def large(o): return (o := torch.where(torch.arange(5000) == 7, o + 1, o)), o[7]
 
 
 def with_tfm(tfm, place):
@@ -159,7 +242,8 @@ def with_tfm(tfm, place):
     return synth_learner(dls)
 
 
-holders = {'object': Helper, 'slots': Slotted, 'closure': closure, 'keyword of a partial': lambda: partial(by_keyword, h=Helper())}
+holders = {'attribute of a function': numbered, 'default of a function': by_default, 'attribute called it': Passes, 'Decimal': lambda: Single(Decimal(1), lambda o: (o + 1, float(o))),
+           'long list': lambda: Single([0]*40_000, one_of_many), 'large tensor': lambda: Single(torch.zeros(5000), large), 'object': Helper, 'slots': Slotted, 'closure': closure, 'keyword of a partial': lambda: partial(by_keyword, h=Helper())}
 
 
 @pytest.mark.parametrize('holder', holders)
@@ -221,6 +305,25 @@ class Frozen(Callback):
         if self.epoch == 1: self.learn.unfreeze()
 
 
+class InSlots(Callback):
+    __slots__ = ('n',)
+    def __init__(self): self.n = 0
+    def after_step(self):
+        self.n += 1
+        push(self.learn, self.n)
+
+
+class Once(Callback):
+    "Does `f` to the model in the first epoch"
+    def __init__(self, f): self.f = f
+    def before_epoch(self):
+        if self.epoch == 0: self.f(self.learn)
+
+
+def batch_normed(): return nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10))
+def other_momentum(learn): learn.model[1].momentum = 0.5
+
+
 class ByItself(Callback):
     "Decides what is kept"
     def __init__(self): self.figure = iter(range(100))
@@ -238,6 +341,7 @@ class Rebinds(ByItself):
 others = {'helpers in a list': lambda: synth_learner(cbs=Helped()), 'counters and buffers of a model': lambda: synth_learner(model=Counting()),
           'counter of a loss': lambda: synth_learner(loss_func=Curriculum()), 'attribute of the Learner': lambda: synth_learner(cbs=OnLearner()),
           'extra state': lambda: synth_learner(model=Extra()), 'frozen on the way': lambda: synth_learner(splitter=synth_groups, cbs=Frozen()),
+          'slots of a callback': lambda: synth_learner(cbs=InSlots()), 'momentum of a batch norm': lambda: synth_learner(model=batch_normed(), cbs=Once(other_momentum)),
           'state_dict of a callback': lambda: synth_learner(cbs=Rebinds()), 'mixup': lambda: synth_learner(cbs=MixUp())}
 
 
@@ -311,6 +415,43 @@ def test_the_remedies_for_what_cannot_be_kept(tmp_path):
         fit(lambda: synth_learner(cbs=Declared()), tmp_path/'b', 0)
 
 
+class Number:
+    n = 0
+
+
+def grow(o):
+    for x in o: x.n += 1
+    return o, o[0].n
+
+
+def used(o, change, number=lambda o: 1):
+    change(o)
+    return o, number(o)
+
+
+def exchange(learn): learn.model[1] = nn.GELU()
+def hook(learn): learn.model[1].register_forward_hook(lambda m, i, o: o*0.9)
+def add_callback(learn): learn.add_cb(InSlots())
+
+
+unkept = {'state': {'DataFrame': (lambda: pd.DataFrame(dict(a=[1.])), lambda o: used(o, lambda o: o.__setitem__('a', o['a'] + 1))), 'image': (lambda: Image.new('L', (2, 2)), lambda o: used(o, lambda o: o.putpixel((0, 0), 5))),
+                    'sparse': (lambda: torch.eye(2).to_sparse(), lambda o: (o*2, 1)), 'array': (lambda: array.array('d'), lambda o: used(o, lambda o: o.append(1))), 'memory': (lambda: memoryview(bytearray(1)), lambda o: used(o, lambda o: o.__setitem__(0, 5))),
+                    'seeds': (lambda: np.random.SeedSequence(3), lambda o: used(o, lambda o: o.spawn(1))), 'many objects': (lambda: [Number() for _ in range(150)], grow)},
+          'model': {'model.(layers)': exchange, 'model.1.(hooks)': hook, 'in_slots': add_callback}}
+
+
+@pytest.mark.parametrize('kind', unkept['state'])
+def test_a_value_that_no_file_can_have_is_named(tmp_path, kind):
+    new, change = unkept['state'][kind]
+    with pytest.warns(UserWarning, match=r'f\.state changed in this fit and cannot be saved'): fit(lambda: with_tfm(Single(new(), change), 'after_batch'), tmp_path, 0, 1)
+
+
+@pytest.mark.parametrize('name', unkept['model'])
+def test_another_structure_is_named(tmp_path, name):
+    with pytest.warns(UserWarning) as found: fit(lambda: synth_learner(cbs=Once(unkept['model'][name])), tmp_path, 0, 1)
+    assert any(name in str(o.message) and 'changed in this fit and cannot be saved' in str(o.message) for o in found)
+
+
 class Own(Transform):
     "Draws from a generator of its own"
     def __init__(self): self.rng = random.Random(seed())
@@ -328,6 +469,32 @@ def test_a_generator_in_a_worker_process(tmp_path, workers, kw, named):
         fit(make, tmp_path, 0, 1, **kw)
     found = [str(o.message) for o in found if 'cannot be saved' in str(o.message)]
     assert [bool(found), any('after_item.fs[0].rng, in a worker process, changed' in o for o in found)] == [named]*2
+
+
+class Drawn(torch.utils.data.Dataset):
+    "Draws from a global generator"
+    def __len__(self): return 16
+    def __getitem__(self, i): return torch.rand(3, 8, 8), i % 10
+
+
+def test_workers_that_persist_keep_their_global_generators():
+    def dls(persist): return DataLoaders(*[torch.utils.data.DataLoader(Drawn(), 8, num_workers=1, persistent_workers=persist)]*2)
+    assert in_workers(dls(False), False) == [] and in_workers(dls(True), False) == ['the global random generators, in a worker process,']*2
+
+
+def test_what_a_transform_keeps_of_one_item_is_no_state_of_a_worker():
+    "It is overwritten for the next item; a counter is not, and what stays of the item before changes the next one"
+    class Keeps(Transform):
+        last = None
+        def encodes(self, x:TensorImage):
+            before, self.last = self.last, x
+            return x if before is None else x + before
+    class Passing(Transform):
+        def encodes(self, x:TensorImage):
+            self.drawn = random.random()
+            return x + self.drawn
+    def found(tfm): return in_workers(DataLoaders(*[DataLoader([TensorImage(torch.ones(3, 2, 2))]*4, bs=2, num_workers=1, after_item=Pipeline([tfm]))]*2), True)[:1]
+    assert found(Passing()) == [] and found(Keeps()) == ['loaders[0].after_item.fs[0].last, in a worker process,']
 
 
 def test_lazy_layers_are_refused_with_a_remedy_that_works(tmp_path):
@@ -479,3 +646,16 @@ def test_a_signal_in_another_fit_after_one_that_failed(tmp_path):
     learn = quiet(synth_learner(cbs=Interrupt()))
     with pytest.raises(KeyboardInterrupt): learn.fit(1)
     assert learn.iter == 0
+
+
+# Any combination
+
+sample = 1, 5, 6, 7, 11
+
+
+def test_random_configurations(monkeypatch):
+    "A few of those of benchmarks/trust/configurations.py: each is stopped at three moments, and resumed with the same bits or refused"
+    monkeypatch.syspath_prepend(Path(__file__).resolve().parent.parent/'benchmarks'/'trust')
+    from configurations import trial
+    outcomes = [o['outcome'] for i in sample for o in trial(0, i)['stopped']]
+    assert not [o for o in outcomes if not o.startswith(('equal', 'refused: '))] and outcomes.count('equal') > len(outcomes)/2

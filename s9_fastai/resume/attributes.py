@@ -6,15 +6,17 @@
 __all__ = ['attributes', 'is_followed', 'reachable', 'fingerprint']
 
 # %% ../../nbs/62_resume.attributes.ipynb #8351c65b
-import hashlib, io, operator, pickle
+import hashlib, io, marshal, operator, pickle
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from functools import partial
 from types import FunctionType, GeneratorType, MethodType, ModuleType
 
 import numpy as np, plum, torch
+from PIL import Image
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
 from fastai.learner import Learner, Metric
 from fastai.optimizer import Optimizer
 from torch import nn
@@ -29,20 +31,23 @@ _of_learner = {*'''dls model opt_func loss_func path model_dir opt lr splitter m
     train_iter pct_train lock create_mbar recorder progress arch n_out normalize n_in tls recipe _stacks'''.split()}
 _of_opt = {*'params param_lists state hypers defaults cbs train_bn frozen_idx opt param_groups'.split()}
 _of_modules = {*vars(nn.Module())}
-_passing = {'_DataLoader__idxs', 'it', 'fake_l', '_iterator'}
+_of_loaders = {'_DataLoader__idxs', 'it', 'fake_l', '_iterator'}
+_left_out:dict = {Learner: _of_learner, (Optimizer, torch.optim.Optimizer): _of_opt,
+                  (DataLoader, torch.utils.data.DataLoader): _of_loaders}
 
 # %% ../../nbs/62_resume.attributes.ipynb #06552b61
-def _closure(f):
+def _of_function(f):
     cells = zip(f.__code__.co_freevars, f.__closure__ or ())
-    return {k: c.cell_contents for k, c in cells if c != type(c)()}  # one that is not filled yet has no contents
+    filled = {k: c.cell_contents for k, c in cells if c != type(c)()}  # one that is not filled yet has no contents
+    defaults = {f'({k})': v for k in ('defaults', 'kwdefaults') if (v := getattr(f, f'__{k}__'))}
+    return {**defaults, **{k: v for k, v in vars(f).items() if k != '__wrapped__'}, **filled}
 
 def _slots(o):
     names = (nm for c in type(o).__mro__ for nm in np.atleast_1d(vars(c).get('__slots__', ())))
     return {str(nm): getattr(o, nm) for nm in names if hasattr(o, nm)}
 
 def _of_module(m):
-    is_torchs = type(m).__module__.startswith('torch.nn')
-    own = {} if is_torchs else {k: v for k, v in vars(m).items() if k not in _of_modules}
+    own = {k: v for k, v in vars(m).items() if k not in _of_modules and not k.startswith('_flat_weight')}  # an RNN's
     return {**own, **m._buffers, **m._parameters}
 
 # %% ../../nbs/62_resume.attributes.ipynb #286db0ac
@@ -50,30 +55,32 @@ def attributes(
     o, # Any object
 )->dict: # Values by name
     "The attributes of `o` in which a state can be, without those that its class declares in `not_saved`"
-    if isinstance(o, partial): return dict(args=o.args, keywords=o.keywords)
-    if isinstance(o, FunctionType): return _closure(o)
+    if isinstance(o, partial): return dict(func=o.func, args=o.args, keywords=o.keywords)
+    if isinstance(o, FunctionType): return _of_function(o)
     own = _of_module(o) if isinstance(o, nn.Module) else {**_slots(o), **getattr(o, '__dict__', {})}
-    left_out = {*not_saved(o), *_passing, *(_of_learner if isinstance(o, Learner) else ())}
-    if isinstance(o, (Optimizer, torch.optim.Optimizer)): left_out |= _of_opt
+    left_out = not_saved(o) | {nm for t, names in _left_out.items() if isinstance(o, t) for nm in names}
     return {k: v for k, v in own.items() if k not in left_out and not k.startswith('__')}
 
 # %% ../../nbs/62_resume.attributes.ipynb #e1326553
 _apart = {*'''IPython PIL _io _thread clearml comet_ml concurrent fastprogress io ipykernel ipywidgets logging
     matplotlib mlflow multiprocessing neptune pandas pathlib plum re rich spacy sqlite3 tensorboard tensorboardX
-    thinc threading tokenizers tqdm transformers wandb weakref'''.split()}
+    av cv2 decord duckdb h5py lmdb polars pyarrow zarr thinc threading tokenizers tqdm transformers wandb
+    weakref'''.split()}
 _leaves = (type, ModuleType, torch.Tensor, np.ndarray, np.generic, Enum, BaseException, str, bytes, int, float)
 # each is searched as a root, or not at all
 _roots = (Learner, Callback, DataLoaders, Optimizer, torch.optim.Optimizer)
 _many, _most = 100, 20_000
 
 # %% ../../nbs/62_resume.attributes.ipynb #bc0f594e
+def _has_attributes(o): return hasattr(o, '__dict__') or any('__slots__' in vars(c) for c in type(o).__mro__)
+
 def is_followed(
     o, # Anything
 )->bool:
     "Can `o` hold attributes in which a state is?"
     if isinstance(o, (partial, FunctionType, nn.Module, *_roots)): return True
     if o is None or isinstance(o, (*_leaves, Mapping, MethodType)): return False
-    if is_collection(o) or generator_state(o): return False
+    if is_collection(o) or generator_state(o) or not _has_attributes(o): return False
     return type(o).__module__.partition('.')[0] not in {*_apart, 'builtins', 'itertools', 'functools', 'collections'}
 
 # %% ../../nbs/62_resume.attributes.ipynb #5173e142
@@ -105,44 +112,65 @@ def reachable(
 # %% ../../nbs/62_resume.attributes.ipynb #969f71ea
 def _spaced(o, n=2**14): return o[::max(1, len(o)//n)]  # evenly spaced values, at least `n` if there are as many
 
-def _values(o, n=2**10):
+def _values(o, n=2**20):
     "About `n` evenly spaced values of a tensor or an array, as bytes"
     if isinstance(o, np.ndarray): return _spaced(o.reshape(-1), n).tobytes()
-    if o.layout is not torch.strided or o.device.type == 'meta': return b''
+    if o.device.type == 'meta': return b''
+    if o.layout is torch.sparse_coo: return _values(o._indices(), n) + _values(o._values(), n)
+    if o.layout is not torch.strided: return _values(o.values(), n)
     flat = _spaced(o.detach().as_subclass(torch.Tensor).flatten(), n).cpu().contiguous()
     return flat.view(torch.uint8).numpy().tobytes()
 
+# %% ../../nbs/62_resume.attributes.ipynb #43b90e75
+def _name_of(o): return f"{getattr(o, '__module__', '')}.{getattr(o, '__qualname__', type(o).__qualname__)}"
+
+def _is_apart(o): return type(o).__module__.partition('.')[0] in _apart
+
+def _bytes_of_library(o):
+    "What is to be hashed of an object of a library that is not searched"
+    try:
+        if hasattr(o, 'iloc'): return pickle.dumps(o.iloc[::max(1, len(o)//2000)])  # a DataFrame
+        if isinstance(o, Image.Image): return f'{o.mode}{o.size}'.encode() + o.tobytes()
+    except Exception: pass
+    return type(o).__qualname__
+
 # %% ../../nbs/62_resume.attributes.ipynb #6470b896
+def _bytes_of_tensor(o):
+    version = None if o.is_inference() else o._version  # a tensor of inference_mode has no count
+    return f'{type(o).__name__}{o.dtype}{tuple(o.shape)}{version}'.encode() + _values(o)
+
 def _bytes_of(o):
     "What is to be hashed of a value without parts"
-    if isinstance(o, torch.Tensor):
-        version = None if o.is_inference() else o._version  # a tensor of inference_mode has no count
-        return f'{o.dtype}{tuple(o.shape)}{version}'.encode() + _values(o)
-    if isinstance(o, np.ndarray) and o.dtype.kind != 'O': return f'{o.dtype}{o.shape}'.encode() + _values(o, 2**20)
+    if isinstance(o, torch.Tensor): return _bytes_of_tensor(o)
+    if isinstance(o, np.ndarray) and o.dtype.kind != 'O': return f'{o.dtype}{o.shape}'.encode() + _values(o)
     if isinstance(o, GeneratorType): return f'{o.gi_frame and (o.gi_frame.f_lasti, o.gi_frame.f_locals)}'
-    if is_followed(o) or isinstance(o, (type, MethodType, ModuleType, io.IOBase)) or \
-       type(o).__module__.partition('.')[0] in _apart: return type(o).__qualname__
+    if isinstance(o, (type, FunctionType, MethodType, ModuleType)): return _name_of(o)
+    if is_followed(o) or isinstance(o, io.IOBase): return type(o).__qualname__
+    if _is_apart(o) and not can_encode(o): return _bytes_of_library(o)
     if can_encode(o): return repr(generator_state(o) or o)
-    try: return pickle.dumps(o)
+    try: return bytes(o) if isinstance(o, memoryview) else pickle.dumps(o)
     except Exception: return f'{type(o)}{id(o)}{operator.length_hint(o, -1) if isinstance(o, Iterator) else 0}'
 
 # %% ../../nbs/62_resume.attributes.ipynb #b46eb8f4
 def _bytes_of_all(vs):
     "What is to be hashed of thousands of numbers, texts or paths; None where each value is hashed by itself"
     types = {*map(type, vs)}
-    if types <= {int, float, bool, str, type(None)}: return repr(vs)
-    if all(t.__module__.partition('.')[0] in _apart for t in types): return ' '.join(type(v).__qualname__ for v in vs)
+    if types <= {int, float, bool, str, type(None)}: return marshal.dumps(_spaced(vs, 2**20), 2)  # 2: no references
+    if len(vs) > _many and all(t.__module__.partition('.')[0] in _apart for t in types):
+        return ' '.join(type(v).__qualname__ for v in _spaced(vs)).encode()
 
 # %% ../../nbs/62_resume.attributes.ipynb #db91a0db
-def _feed(h, o, depth):
+def _feed_all(h, o, depth, in_many):
+    h.update(f'{type(o).__name__}{len(o)}'.encode())
+    vs = [*o]
+    in_many = in_many or len(vs) > _many
+    if data := _bytes_of_all(vs): return h.update(data)
+    for v in _spaced(vs, 2**10): _feed(h, v, depth + 1, in_many)
+
+def _feed(h, o, depth, in_many=False):
     if isinstance(o, Mapping): o = [*o.items()]
-    if is_collection(o) and depth < 20:
-        h.update(f'{type(o).__name__}{len(o)}'.encode())
-        vs = _spaced([*o])
-        if data := _bytes_of_all(vs): h.update(data.encode(errors='replace'))
-        else:
-            for v in vs: _feed(h, v, depth + 1)
-        return
+    if is_collection(o) and depth < 20: return _feed_all(h, o, depth, in_many)
+    if in_many and depth < 20 and is_followed(o): return _feed_all(h, [*attributes(o).items()], 18, False)
     data = _bytes_of(o)
     h.update(data if isinstance(data, bytes) else data.encode(errors='replace'))
 

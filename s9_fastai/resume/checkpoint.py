@@ -9,6 +9,7 @@ __all__ = ['Checkpoint']
 import time
 from typing import Any
 from contextlib import suppress
+from copy import copy
 from pathlib import Path
 from signal import Signals
 
@@ -36,6 +37,7 @@ class Checkpoint(Callback):
     "Saves the state of a fit in `run_dir`/checkpoints, and resumes a fit from there"
     order = 1000  # after all others: what they do at an event belongs to the state
     begun:Any
+    origin:Any
     pending:Any
     file_lock:Any
 
@@ -53,6 +55,9 @@ class Checkpoint(Callback):
         self.fits, self.n_fits, self.pending = [], 0, None
         # what the present fit found, with its number; attributes that a fit has changed; those that cannot be kept
         self.begun, self.moved, self.lost = (-1, None), set(), []
+        # what was there before the first fit; what earlier fits, and the last save, have lost
+        self.origin, self.earlier, self.lost_now = None, [], []
+        self.of_workers = {}  # what changes in worker processes, in the middle of an epoch and between epochs
         self.note, self.file_lock = SignalNote(), None
         # for a program around the fit: settings that cannot be forced, a checkpoint that it has read already, and what
         # to do once the fit is known to be resumable
@@ -63,7 +68,7 @@ class Checkpoint(Callback):
 def __getstate__(self:Checkpoint):
     "Without what belongs to this process"
     return {**Callback.__getstate__(self), 'note': SignalNote(), 'file_lock': None, 'begun': (-1, None),
-            'found': None, 'after_check': noop}
+            'origin': None, 'found': None, 'after_check': noop}
 
 # %% ../../nbs/69_resume.checkpoint.ipynb #0e121b1f
 @patch(as_prop=True)
@@ -119,6 +124,24 @@ def keep(self:Checkpoint,
     for p in set(checkpoint_files(self.folder)) - {*self.kept}:
         with suppress(OSError): p.unlink()
 
+# %% ../../nbs/69_resume.checkpoint.ipynb #dcdc3af4
+@patch
+def lost_in_workers(self:Checkpoint,
+    is_middle:bool, # In the middle of an epoch?
+):
+    "What changes in worker processes, found once in a fit"
+    if is_middle not in self.of_workers: self.of_workers[is_middle] = in_workers(self.dls, is_middle)
+    return self.of_workers[is_middle]
+
+# %% ../../nbs/69_resume.checkpoint.ipynb #e27e87f2
+@patch
+def add_earlier(self:Checkpoint,
+    state:dict, # From `learner_state`
+):
+    "Add what earlier fits have changed, and the names of what they have lost"
+    state['changed'], _ = self.origin.since(fit_roots(self.learn, self.own_cbs()))
+    state['lost'] += [o for o in self.earlier if o not in state['lost']]
+
 # %% ../../nbs/69_resume.checkpoint.ipynb #3ea4a358
 @patch
 def save(self:Checkpoint,
@@ -129,7 +152,9 @@ def save(self:Checkpoint,
     self.check_finite(place)
     path = self.folder/checkpoint_name(self.n_fits, place)
     state = learner_state(self.learn, self.own_cbs(), self.begun[1])
-    if place.epoch or place.batch: state['lost'] += in_workers(self.dls, bool(place.batch))
+    if self.n_fits: self.add_earlier(state)
+    if place.epoch or place.batch: state['lost'] += self.lost_in_workers(bool(place.batch))
+    self.lost_now = state['lost']
     new = [o for o in state['lost'] if o not in self.lost]
     self.lost += new
     warn_lost(self.run_dir, new)
@@ -144,7 +169,10 @@ def begin_again(self:Checkpoint):
     "Undo what an earlier try of this fit, in this process, has changed; settings that were changed since stay"
     if self.begun[0] == self.n_fits:
         self.begun[1].undo(lambda path, o, k: k in init_params(o) and (path, k) not in self.moved)
-    self.begun = self.n_fits, FitChanges(fit_roots(self.learn, self.own_cbs()))
+    new = FitChanges(fit_roots(self.learn, self.own_cbs()))
+    self.begun, self.of_workers = (self.n_fits, new), {}
+    if not self.n_fits or self.origin is None: self.origin, self.earlier = copy(new), []
+    self.origin.names, self.origin.begun = new.names, {**new.begun, **self.origin.begun}  # with new callbacks
 
 # %% ../../nbs/69_resume.checkpoint.ipynb #e8c1e563
 @patch
@@ -322,5 +350,6 @@ def after_fit(self:Checkpoint):
     self.learn.remove_cb(SkipTo)
     if not self.is_over: self.save(Place(self.at + 1, 'train', 0), done=True)
     self.n_fits += 1
+    self.earlier = self.lost_now
     if self.note.signum is not None: self.stop()  # it came after the last check
     self.release()

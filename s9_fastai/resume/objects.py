@@ -9,6 +9,7 @@ __all__ = ['has_state_dict', 'not_saved', 'is_text', 'object_state', 'put_back',
 from typing import Any
 from collections import deque
 from collections.abc import Mapping
+from copy import copy
 from pathlib import PurePath
 from types import MemberDescriptorType
 
@@ -17,7 +18,7 @@ from fastai.learner import Metric
 from fastcore.foundation import L
 
 from ..core.generators import GeneratorState, generator_state
-from .state import can_encode, is_collection
+from .state import can_encode, is_collection, member_of
 
 # %% ../../nbs/61_resume.objects.ipynb #27e44f34
 def has_state_dict(
@@ -63,6 +64,7 @@ _families:dict[str, Any] = dict(
 def _family(v):
     "What kind of value `v` is"
     if generator_state(v): return 'generator'
+    if member_of(v): return 'member'
     return next((nm for nm, t in _families.items() if isinstance(v, t)), type(v).__name__)
 
 # %% ../../nbs/61_resume.objects.ipynb #3abba2aa
@@ -80,16 +82,21 @@ def _refill(now, items):
     return now
 
 # %% ../../nbs/61_resume.objects.ipynb #1c7e0fc7
+def _to_member(now, v):
+    if member_of(now) == member_of(v): return type(now)(v)
+    raise ValueError(f'a member of {member_of(v)} in the place of {type(now).__name__}')
+
 def put_back(
     now, # What an attribute is now
     v, # What it was, from `decode`
 ): # `now` with the content of `v`, or a new value
     "`v` in the kind, on the device and, if it can be changed, in the very object that `now` is"
     if isinstance(v, GeneratorState): return v.put_into(now)
+    if member_of(v): return _to_member(now, v)
     if isinstance(v, torch.Tensor) and isinstance(now, torch.Tensor): return v.to(now.device)
     if isinstance(v, Mapping):
         new = {k: put_back(now.get(k) if isinstance(now, Mapping) else None, x) for k, x in v.items()}
-        if not isinstance(now, Mapping): return new
+        now = now if isinstance(now, Mapping) else copy(v)  # of its class, such as an OrderedDict
         now.clear()  # type: ignore[attr-defined]
         now.update(new)  # type: ignore[attr-defined]
         return now
@@ -131,7 +138,7 @@ def check_value(
     v, # What it is to become
 ):
     "ValueError unless `v` can be the state of the attribute `k` of `o`"
-    now, of_class = vars(o).get(k), getattr(type(o), k, None)
+    now, of_class = getattr(o, '__dict__', {}).get(k), getattr(type(o), k, None)
     why = ("is Python's own" if k.startswith('__') else
            'is a method' if callable(of_class) or _is_computed(of_class) else
            f'is {type(v).__name__} in place of {type(now).__name__}' if not _can_follow(now, v) else
