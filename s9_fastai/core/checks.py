@@ -24,7 +24,7 @@ def range_text(
 )->str: # Such as `0 to below 1`
     "The range `r` in words"
     if r.gt is not None: return f'above {r.gt}' + _upper(r, ' and up to ', ' and below ')
-    if r.le is r.lt is None: return f'at least {r.ge}'
+    if r.le is None and r.lt is None: return f'at least {r.ge}'
     return f'{r.ge}' + _upper(r, ' to ', ' to below ')
 
 # %% ../../nbs/09_core.checks.ipynb #2ff58c24
