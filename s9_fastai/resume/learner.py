@@ -88,7 +88,7 @@ def learner_state(
     "All that `learn` needs to resume as if it had not been interrupted"
     changed, lost = begun.since(fit_roots(learn, but)) if begun else ({}, [])
     return dict(
-        learner={k: v for k, v in vars(learn).items() if k in _counters}, model=learn.model.state_dict(),
+        learner={k: v for k, v in vars(learn).items() if k in _counters}, model=dict(learn.model.state_dict()),
         grads=_grads(learn), opt=learn.opt.state_dict(), metrics=[object_state(m) for m in learn.metrics],
         callbacks=[(cb.name, object_state(cb)) for cb in learn.cbs if cb not in but],
         loaders=[loader_state(dl) for dl in learn.dls.loaders], random=random_state(),
