@@ -237,7 +237,7 @@ def test_missing_file_and_folder(tmp_path):
 
 @pytest.mark.parametrize('kw,match', [
     *[(dict(n_channels=n), 'n_channels is') for n in (37, 0, -2, 38., True, '38', None)],
-    *[(dict(norm=n), "choose 'bn'") for n in ('batch', 'BN', None, ['bn'])],
+    *[(dict(norm=n), "norm is .* must be 'bn', 'gn' or 'ln'") for n in ('batch', 'BN', None, ['bn'])],
     *[(dict(dropout=p), 'dropout is') for p in (1, 1., -0.1, float('nan'), float('inf'), '0.1', None, True)],
     *[(dict(n_classes=n), 'n_classes is') for n in (0, -1, 10., True, '10')]])
 def test_bad_arguments(kw, match):

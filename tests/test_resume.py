@@ -376,6 +376,7 @@ def test_the_pause_is_no_part_of_the_epochs_time(tmp_path, monkeypatch):
         def time(): return real() + 3600
     monkeypatch.setattr(module, 'time', Later)
     monkeypatch.setattr('fastai.learner.time', Later)
+    monkeypatch.setattr('s9_fastai.training.record.time', Later)
     fit3(plain_learner(tmp_path/'run', save_every=1))
     assert set(pd.read_csv(tmp_path/'run'/'history.csv').time.str[:3]) == {'00:'}
 

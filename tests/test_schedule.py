@@ -629,5 +629,5 @@ def test_a_triangle_stretches_and_makes_way(mk):
 
 @pytest.mark.parametrize('pct_start', [-0.1, 1, 1.5, float('nan'), True, None, '0.2'])
 def test_bad_warm_ups(pct_start):
-    with pytest.raises(ValueError, match='pct_start is .*from 0 to below 1'): TriangularLR(pct_start)
+    with pytest.raises(ValueError, match='pct_start is .*, but must be (a number, )?0 to below 1'): TriangularLR(pct_start)
     with pytest.raises(ValueError, match='pct_start is'): lr_scheduler('triangle', pct_start=pct_start)

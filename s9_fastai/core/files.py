@@ -52,8 +52,8 @@ def _check_kind(path, mode):
 def _check_size(path, size, on_disk, limit):
     "A ValueError for a file of more than `limit` bytes, or of more than a gigabyte with hardly any of it on the disk"
     if size > limit:
-        raise ValueError(f'{shown(path)}: more than the {limit} bytes that are allowed ({size}); put a sound file in its '
-                         'place')
+        raise ValueError(f'{shown(path)}: more than the {limit} bytes that are allowed ({size}); put a sound file '
+                         'in its place')
     if size > 2**30 and on_disk < size//100:
         raise ValueError(f'{shown(path)}: {size} bytes, of which only {on_disk} were ever written; use another copy')
 
