@@ -31,6 +31,7 @@ from PIL import Image
 from torch import nn
 from torch.utils.data import IterableDataset, RandomSampler, TensorDataset, WeightedRandomSampler
 
+from s9_fastai.core.signals import SignalNote
 from s9_fastai.resume.checkpoint import Checkpoint
 from s9_fastai.augment.keyed import KeyedDL
 from s9_fastai.resume.changed import in_workers
@@ -646,6 +647,17 @@ def test_a_signal_in_another_fit_after_one_that_failed(tmp_path):
     learn = quiet(synth_learner(cbs=Interrupt()))
     with pytest.raises(KeyboardInterrupt): learn.fit(1)
     assert learn.iter == 0
+
+
+def test_a_note_begun_outside_a_fit_takes_no_signal_of_a_fit():
+    class Interrupt(Callback):
+        def after_batch(self): signal.raise_signal(signal.SIGINT)
+    note = SignalNote()
+    note.catch()
+    try:
+        with pytest.raises(KeyboardInterrupt): quiet(synth_learner(cbs=Interrupt())).fit(1)
+    finally: note.release()
+    assert note.signum is None
 
 
 # Any combination

@@ -82,7 +82,7 @@ def note(self:SignalNote,
     "The handler"
     if os.getpid() != self.pid: return self._in_worker(signum)
     if signum == getattr(signal, 'SIGHUP', None): leave_terminal()
-    mine = any(self.learn is None or self.learn() is o for o in _fitting(frame))  # else it has failed
+    mine = self.learn is not None and any(self.learn() is o for o in _fitting(frame))  # else it has failed
     if mine and self.signum is None: self.signum = signum
     else:
         self.release()
