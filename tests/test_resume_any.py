@@ -637,7 +637,15 @@ def test_folders(tmp_path, monkeypatch):
     with pytest.raises(FileExistsError, match='run_dir is .*file, a file: name a folder'): Checkpoint(tmp_path/'file')
 
 
-def test_a_signal_in_another_fit_after_one_that_failed(tmp_path):
+@pytest.fixture
+def interruptible():
+    "SIGINT as in a terminal: a shell ignores it for what it starts in the background"
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_a_signal_in_another_fit_after_one_that_failed(tmp_path, interruptible):
     "A `Checkpoint` whose fit an error ended left its handlers behind: they must not take the interrupt of a fit that cannot be resumed"
     class Boom(Callback):
         def after_batch(self): raise ValueError('boom')
@@ -649,7 +657,7 @@ def test_a_signal_in_another_fit_after_one_that_failed(tmp_path):
     assert learn.iter == 0
 
 
-def test_a_note_begun_outside_a_fit_takes_no_signal_of_a_fit():
+def test_a_note_begun_outside_a_fit_takes_no_signal_of_a_fit(interruptible):
     class Interrupt(Callback):
         def after_batch(self): signal.raise_signal(signal.SIGINT)
     note = SignalNote()

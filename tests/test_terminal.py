@@ -81,7 +81,7 @@ def child(cwd, argv, stream, env):
     "The life of a training whose output is `stream`: the number of a pipe or terminal, a file, or nothing at all"
     os.chdir(cwd)
     os.environ.update(env)
-    if env.get('NOHUP'): signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGHUP, signal.SIG_IGN if env.get('NOHUP') else signal.SIG_DFL)  # whatever pytest was started with
     os.dup2(os.open('err', os.O_WRONLY | os.O_CREAT), 2)
     if stream is None:
         os.close(1)
