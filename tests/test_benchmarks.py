@@ -39,6 +39,7 @@ def test_without_data_it_says_so():
     assert done.returncode == 2 and 'S9_CIFAR10' in done.stderr.splitlines()[-1] and done.stdout == ''
 
 
+@pytest.mark.slow
 def test_runs_from_several_seeds_are_one_line_and_are_resumed(tmp_path):
     args = ['accuracy/accuracy.py', 'try', '--seeds', 0, 1, '--folder', tmp_path/'runs', '--out', tmp_path/'results', '--recipe', 'fast', '--data', 'sample',
             '--n-channels', 4, '--bs', 500, '--held-out', 500]

@@ -27,6 +27,7 @@ from robustness import recognised
 lines = [json.loads(o) for o in (root/'benchmarks'/'results'/'robustness.jsonl').read_text(encoding='utf-8').splitlines()]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not os.environ.get('S9_CIFAR10'), reason='S9_CIFAR10 does not name the full CIFAR-10')
 def test_the_exact_count_of_the_test_images():
     "The figure of the model card, counted anew"

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from processes import bin, run
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import ProgressCallback
@@ -401,15 +402,24 @@ def test_killed_six_times(monkeypatch):
     assert [o['same'] for o in found] == [True]*6 and {o['kind'] for o in found} == {*kill.KINDS}, found
 
 
-@pytest.mark.parametrize('augment', ['item', 'batch'])
-def test_workers_and_processes_give_the_same_hash(tmp_path, augment):
-    assert len({run_hash(tmp_path/str(w), augment=augment, workers=w, epochs=1, bs=500, compute='plain', **{'n-channels': 4}) for w in (0, 1, 2)}) == 1
+short = '--data', 'sample', '--epochs', 1, '--bs', 500, '--n-channels', 4
+
+
+def trained(folder, *args):
+    "The fingerprint of a short run with the options `args`, in a process of its own"
+    done = run(bin/'s9_train', *short, *args, '--out', folder)
+    assert done.returncode == 0, done.stderr
+    return kill.fingerprint(folder)
+
+
+@pytest.mark.parametrize('augment, workers', [('item', (0, 2)), ('batch', (0, 1))])
+def test_workers_and_processes_give_the_same_hash(tmp_path, augment, workers):
+    assert len({trained(tmp_path/str(w), '--augment', augment, '--workers', w, '--compute', 'plain') for w in workers}) == 1
 
 
 def test_deterministic_is_told_and_changes_nothing_on_a_cpu(tmp_path):
     a = run_hash(tmp_path/'a', epochs=1, bs=500, **{'n-channels': 4})
-    done = subprocess.run(kill.command('--data', 'sample', '--epochs', 1, '--bs', 500, '--n-channels', 4, '--deterministic', '--out', tmp_path/'b'), capture_output=True, text=True)
-    assert done.returncode == 0 and kill.fingerprint(tmp_path/'b') == a, done.stderr
+    assert trained(tmp_path/'b', '--deterministic') == a
     assert '"deterministic": true' in (tmp_path/'b'/'recipe.json').read_text()
 
 
