@@ -125,19 +125,19 @@ def test_a_signal_at_each_batch_of_a_run(tmp_path, num, monkeypatch):
     assert sorted(done[n:]) == sorted(done[:n]) and len(set(done)) == n
 
 
-short = dict(n_channels=4, opt='muon', sched='triangle', ema=0.2, label_smoothing=0.1, wd=0.01, compute='plain')
+averaged = dict(n_channels=4, opt='muon', sched='triangle', ema=0.2, label_smoothing=0.1, wd=0.01, compute='plain')
 
 
 @pytest.mark.parametrize('num, places', [(None, everywhere[2:8]), (signal.SIGTERM, everywhere[3:14:2])])
 def test_an_end_in_training_and_validation_with_averages(tmp_path, num, places, monkeypatch):
     "In validation the averages are where the weights were"
     monkeypatch.setattr(Break, 'send', num)
-    check(tmp_path, places, recipe=get_recipe(**short), save_every=3)
+    check(tmp_path, places, recipe=get_recipe(**averaged), save_every=3)
 
 
 @pytest.mark.parametrize('opt', ['nesterov', 'muon'])
 def test_the_optimizers_of_recipes(tmp_path, opt):
-    check(tmp_path, [(0, 1, True, 2)], recipe=get_recipe(**{**short, 'opt': opt, 'ema': 0.}), save_every=1)
+    check(tmp_path, [(0, 1, True, 2)], recipe=get_recipe(**{**averaged, 'opt': opt, 'ema': 0.}), save_every=1)
 
 
 @pytest.mark.parametrize('augment, workers, compute', [('item', 2, 'plain'), ('batch', 0, 'fast'), ('batch', 1, 'plain'), ('item', 0, 'fast')])
@@ -402,12 +402,12 @@ def test_killed_six_times(monkeypatch):
     assert [o['same'] for o in found] == [True]*6 and {o['kind'] for o in found} == {*kill.KINDS}, found
 
 
-short = '--data', 'sample', '--epochs', 1, '--bs', 500, '--n-channels', 4
+short_run = '--data', 'sample', '--epochs', 1, '--bs', 500, '--n-channels', 4
 
 
 def trained(folder, *args):
     "The fingerprint of a short run with the options `args`, in a process of its own"
-    done = run(bin/'s9_train', *short, *args, '--out', folder)
+    done = run(bin/'s9_train', *short_run, *args, '--out', folder)
     assert done.returncode == 0, done.stderr
     return kill.fingerprint(folder)
 
