@@ -14,7 +14,7 @@ from rounds import Method, get_source
 
 # OpenMP of torch reads these once, when torch is imported
 WAITS = {'default': {}, 'passive': {'OMP_WAIT_POLICY': 'PASSIVE'},
-         'no spinning': {'OMP_WAIT_POLICY': 'PASSIVE', 'GOMP_SPINCOUNT': '0'}}
+         'spin 1000': {'GOMP_SPINCOUNT': '1000'}, 'spin 10000': {'GOMP_SPINCOUNT': '10000'}}
 
 
 @dataclass
