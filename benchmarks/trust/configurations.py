@@ -129,7 +129,7 @@ STATES = {
 class Declared(Drawing):
     "Has a state that no result depends on"
     not_saved = ('state',)
-    def __init__(self): super().__init__(itertools.cycle, None)
+    def __init__(self): super().__init__(object, None)
     def after_step(self): self.state = object()
 
 

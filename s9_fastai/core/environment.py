@@ -11,9 +11,12 @@ from importlib.metadata import version
 from pathlib import Path
 
 import cv2, torch
+from annotated_types import Interval
 from fastai.torch_core import default_device
 
 from .. import __version__
+from .checks import check_number
+from .cores import n_cores
 
 # %% ../../nbs/02_core.environment.ipynb #7f3dea4a
 def cpu_name()->str: # Such as 'AMD EPYC'
@@ -70,12 +73,12 @@ MAX_THREADS = 1024
 
 # %% ../../nbs/02_core.environment.ipynb #df23ba86
 def use_threads(
-    n:int|None, # 1 to `MAX_THREADS`; None: as many as before
+    n:int|None, # 1 to `MAX_THREADS`; None: torch's choice, at most `n_cores()`, or `OMP_NUM_THREADS` where it is set
 ):
     "From now on, torch computes with `n` threads"
-    if n is None: return
-    if not 1 <= n <= MAX_THREADS: raise ValueError(f'threads is {n}, but must be 1 to {MAX_THREADS}')
-    torch.set_num_threads(n)
+    if n is not None: check_number('threads', n, Interval(ge=1, le=MAX_THREADS), int)
+    elif os.environ.get('OMP_NUM_THREADS'): return
+    torch.set_num_threads(n or min(torch.get_num_threads(), n_cores()))
 
 # %% ../../nbs/02_core.environment.ipynb #a49e9c7f
 def use_deterministic():
