@@ -363,6 +363,7 @@ def draw(rng):
     names = [k for k in CALLBACKS if is_image or k not in OF_IMAGES]
     spec['callbacks'] = rng.sample(names, rng.choice((0, 1, 1, 2, 3, 4)))
     if {*OF_IMAGES} <= {*spec['callbacks']} or spec['loss'] == 'focal' and OF_IMAGES & {*spec['callbacks']}: spec['callbacks'] = [k for k in spec['callbacks'] if k not in OF_IMAGES]
+    if 'CSVLogger' in spec['callbacks']: spec['callbacks'] = [k for k in spec['callbacks'] if k != 'validate in a fit']  # it closes the logger's file
     spec['loader'] = one(LOADERS) if is_image else rng.choice(['TfmdDL', 'KeyedDL'])
     if is_image:
         spec |= dict(item=one(ITEM_TFMS), batch=one(BATCH_TFMS), workers=rng.choice((0, 0, 0, 0, 0, 0, 1, 2)), bs=rng.choice((4, 5)), shuffle=rng.random() < 0.8, drop_last=rng.random() < 0.5)
