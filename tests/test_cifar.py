@@ -15,6 +15,7 @@ from fastai.data.external import fastai_cfg
 from PIL import Image
 
 import s9_fastai.cifar.cache as caching
+import s9_fastai.data.cache as data_cache
 import s9_fastai.cifar.download as downloading
 import s9_fastai.cifar.layouts as layouts
 from s9_fastai.cifar.archives import archive_files
@@ -435,7 +436,7 @@ def test_a_cache_that_cannot_be_written_says_so_before_decoding(tmp_path, tiny, 
     with pytest.raises(OSError, match='file/c: the cache cannot be written there .* cache_dir, or .* FASTAI_HOME'):
         load_cifar(tiny, tmp_path/'file'/'c')
     def denied(**k): raise PermissionError(13, 'Permission denied')
-    monkeypatch.setattr(caching, 'TemporaryDirectory', denied)  # a folder that is there and read-only
+    monkeypatch.setattr(data_cache, 'TemporaryDirectory', denied)  # a folder that is there and read-only
     with pytest.raises(OSError, match='c: the cache cannot be written there .*Permission denied'):
         load_cifar(tiny, tmp_path/'c')
 

@@ -26,6 +26,7 @@ from PIL import Image
 from test_cifar import assert_same, deep, deep_rgb, evil_pickles, home, png, tar_of, tiny_arrays, write_batches, write_fastai
 
 import s9_fastai.cifar.cache as caching
+import s9_fastai.data.cache as data_cache
 import s9_fastai.cifar.download as downloading
 import s9_fastai.cifar.layouts as layouts
 from s9_fastai.cifar.archives import archive_files
@@ -632,14 +633,14 @@ def test_a_damaged_entry_that_cannot_be_replaced(tiny, cache, fault, monkeypatch
     load_cifar(tiny, cache)
     entry = cache/source_key(tiny)
     (entry/'meta.json').unlink()
-    monkeypatch.setattr(caching, 'remove_entry', lambda d: None)
+    monkeypatch.setattr(data_cache, 'remove_entry', lambda d: None)
     with pytest.warns(UserWarning), pytest.raises(OSError) as e: load_cifar(tiny, cache)
     assert str(e.value).endswith('and cannot be replaced; remove it, or choose another cache_dir') and entry.exists()
     fault('download', 'a damaged cache that cannot be replaced', steady(e.value))
 
 
 def test_two_processes_build_the_same_cache_at_once(tiny, tmp_path, cache, fault):
-    code = ('import sys, time, s9_fastai.cifar.cache as c, s9_fastai.cifar.load as load\nfrom pathlib import Path\n'
+    code = ('import sys, time, s9_fastai.data.cache as c, s9_fastai.cifar.load as load\nfrom pathlib import Path\n'
             'real = c.build_entry\n'
             'def build(*a):\n'  # both are about to write before either one does
             '    Path(sys.argv[3]).touch()\n'

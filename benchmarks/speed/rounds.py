@@ -15,7 +15,7 @@ from PIL import Image
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import complain, make_line, script
 from s9_fastai.cifar.facts import CLASSES
-from s9_fastai.cifar.download import fastai_dir
+from s9_fastai.data.cache import fastai_dir
 from s9_fastai.cifar.load import load_cifar
 
 

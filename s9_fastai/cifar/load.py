@@ -10,12 +10,12 @@ import os
 from importlib import resources
 from pathlib import Path
 
-from .cache import ARRAYS, as_cifar, fingerprint, load_cached
-from .download import download, fastai_dir
+from .cache import ARRAYS, as_cifar, load_cached
+from .download import download
 from .facts import Cifar10, data_path
 from .layouts import read_source
-from ..core.paths import given_path
 from ..core.text import is_there, read_errors
+from ..data.cache import cache_folder, fastai_dir, fingerprint
 
 # %% ../../nbs/47_cifar.load.ipynb #aff5b79b
 #: 2,000 training and 500 test images; `tools/make_sample.py` wrote it, `assets/README.md` describes it
@@ -45,8 +45,7 @@ def load_cifar(
     "Load CIFAR-10 from `path` and cache it in `cache_dir`; an OSError or ValueError where it cannot be read"
     src = find_source(path, progress)
     if src != SAMPLE:
-        cache_dir = fastai_dir('data')/'s9_fastai' if cache_dir is None else given_path(cache_dir, 'cache_dir')
-        return load_cached(src, cache_dir, progress)
+        return load_cached(src, cache_folder(cache_dir), progress)
     arrays = dict(zip(ARRAYS, (a for s in read_source(src) for a in s)))  # quick to decode: no cache, no place to write
     for a in arrays.values(): a.flags.writeable = False
     return as_cifar(arrays, {n: fingerprint(a) for n,a in arrays.items()}, 'sample')
