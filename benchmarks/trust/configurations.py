@@ -390,7 +390,7 @@ class Moments(Callback):
 class Broken(Exception): "In the place of a kill"
 
 
-def break_off(): raise Broken
+def break_off(): raise Broken('here')  # fastai reads the argument of an exception in a callback
 def interrupt(): signal.raise_signal(signal.SIGINT)
 def kill(): os.kill(os.getpid(), signal.SIGKILL)
 
@@ -451,9 +451,15 @@ def bits(learn, folder):
     return h.hexdigest()
 
 
+def fit_alone(*args):
+    "`fit` in a process that was just made; its workers are forked, as some parts are local functions, which cannot be pickled"
+    multiprocessing.set_start_method('fork', force=True)
+    fit(*args)
+
+
 def in_process(*args):
     "`fit` in a process of its own; whether it was killed"
-    p = multiprocessing.get_context('forkserver').Process(target=fit, args=args)
+    p = multiprocessing.get_context('forkserver').Process(target=fit_alone, args=args)
     p.start()
     p.join()
     return p.exitcode == -signal.SIGKILL
