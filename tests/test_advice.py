@@ -23,7 +23,8 @@ from s9_fastai.cifar.loaders import cifar_block
 from s9_fastai.cifar.facts import MEAN, SIZE, STD
 from s9_fastai.augment.keys import item_keys
 from s9_fastai.augment.pipelines import check_pipeline
-from s9_fastai.cifar.readers import ImageReader
+from s9_fastai.cifar.readers import array_data
+from s9_fastai.data.readers import PixelReader
 import albumentations as A
 
 names = dict(np=np, torch=torch, A=A, Image=Image, PILImage=PILImage, PILImageBW=PILImageBW, PILMask=PILMask, TensorImage=TensorImage,
@@ -67,7 +68,7 @@ def sample(): return load_cifar('sample')
 
 
 @pytest.fixture(scope='module')
-def read(sample): return ImageReader(sample)
+def read(sample): return PixelReader(array_data(sample))
 
 
 def cifar_dls(data, *args, **kwargs):
@@ -580,8 +581,8 @@ def test_numbers_files_and_data_that_are_there(read, tmp_path):
 
 def test_images_or_files_in_place_of_other_data(read, sample, tmp_path, monkeypatch):
     monkeypatch.setattr('s9_fastai.cifar.readers.load_cifar', lambda source: sample)
-    twin = ImageReader(sample)
-    twin._data, twin.identity = None, ('of other images',)
+    twin = PixelReader(array_data(sample))
+    twin._parts, twin.key = None, 'of other images'
     with pytest.raises(ValueError, match='these are other images than before; give images or files'): twin(0)
     Image.fromarray(ramp).save(tmp_path/'a.png')
     for o in (PILImage.create(ramp), ramp, tmp_path/'a.png'): assert (twin(o) == read(o)).all()

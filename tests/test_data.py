@@ -24,13 +24,15 @@ from s9_fastai.augment.item import AlbumentationsTransform, AlternatingFlip
 from s9_fastai.cifar.facts import CLASSES, MEAN, STD, Cifar10, Split
 from s9_fastai.cifar.load import load_cifar
 from s9_fastai.augment.keyed import KeyedDL
-from s9_fastai.cifar.loaders import CifarDL, cifar_block, cifar_dls
+from s9_fastai.cifar.loaders import cifar_block, cifar_dls
+from s9_fastai.data.arrays import ArrayDL
 from s9_fastai.data.loader import RowNormalize
 from s9_fastai.app.learner import s9_learner
 from s9_fastai.app.recipe import get_recipe
 from s9_fastai.nets.net import Net
 from s9_fastai.training.schedule import StepLR
-from s9_fastai.cifar.readers import ImageReader, LabelReader
+from s9_fastai.cifar.readers import array_data
+from s9_fastai.data.readers import ClassReader, PixelReader
 from s9_fastai.data.images import ImageArray
 from s9_fastai.test_utils import synth_cifar
 import albumentations as A
@@ -277,7 +279,7 @@ def test_it_steps_aside_for_anything_else(mk, tiny):
     assert not mine.is_direct() and len(list(mine)) == 3 and seen == [24, 24, 16]
     assert not dls.train.new(before_batch=lambda b: b[:5]).is_direct()
     assert not dls.train.new(retain=lambda res, b: res).is_direct()
-    class Mine(CifarDL):
+    class Mine(ArrayDL):
         def create_batch(self, b): return super().create_batch(b[:3])
     assert [len(x) for x, _ in dls.train.new(cls=Mine)] == [3, 3, 3]
 
@@ -347,24 +349,24 @@ def test_images_of_any_mode_and_size(tiny, tmp_path, mode, size):
     im = Image.new('RGB', size, (0, 0, 0)).convert(mode)
     f = tmp_path/('im.png' if mode != 'CMYK' else 'im.tif')
     im.save(f)
-    read = ImageReader(tiny)
+    read = PixelReader(array_data(tiny))
     for o in (im, f, str(f)):
         x = read(o)
         assert (type(x), x.shape, x.dtype) == (ImageArray, (32, 32, 3), np.uint8) and not x.any()
 
 
 @pytest.mark.parametrize('shape', [(32, 32, 3), (32, 32), (32, 32, 1), (40, 60, 3)])
-def test_arrays(tiny, shape): assert ImageReader(tiny)(np.full(shape, 9, np.uint8)).tolist() == np.full((32, 32, 3), 9).tolist()
+def test_arrays(tiny, shape): assert PixelReader(array_data(tiny))(np.full(shape, 9, np.uint8)).tolist() == np.full((32, 32, 3), 9).tolist()
 
 
 @pytest.mark.parametrize('bad', [np.zeros((32, 32, 3)), np.zeros((3, 32, 32), np.uint8), np.zeros((2, 32, 32, 3), np.uint8)],
                          ids=['float', 'channels first', 'batch'])
 def test_arrays_it_cannot_read_are_named(tiny, bad):
-    with pytest.raises((TypeError, ValueError), match='uint8'): ImageReader(tiny)(bad)
+    with pytest.raises((TypeError, ValueError), match='uint8'): PixelReader(array_data(tiny))(bad)
 
 
 def test_readers_pickle_without_pixels_and_find_them_again(sample):
-    for reader in (ImageReader(sample), LabelReader(sample)):
+    for reader in (PixelReader(array_data(sample)), ClassReader(array_data(sample))):
         twin = pickle.loads(pickle.dumps(reader))
         assert len(pickle.dumps(reader)) < 1000
         np.testing.assert_array_equal(twin(2003), reader(2003))
@@ -372,12 +374,12 @@ def test_readers_pickle_without_pixels_and_find_them_again(sample):
 
 def test_a_reader_does_not_take_other_data_for_its_own(tiny):
     "`tiny` says that it is the sample; another process would read the real one, without a word"
-    twin = pickle.loads(pickle.dumps(ImageReader(tiny)))
+    twin = pickle.loads(pickle.dumps(PixelReader(array_data(tiny))))
     with pytest.raises(ValueError, match='sample'): twin(3)
 
 
 def test_items_are_views_that_nobody_can_write_to(sample):
-    x = ImageReader(sample)(3)
+    x = PixelReader(array_data(sample))(3)
     with pytest.raises(ValueError, match='read-only'): x[0, 0] = 0
 
 

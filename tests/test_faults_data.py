@@ -35,7 +35,8 @@ from s9_fastai.cifar.load import load_cifar
 from s9_fastai.cifar.facts import BATCHES
 from s9_fastai.core.text import shown
 from s9_fastai.cifar.png import decode_png
-from s9_fastai.cifar.readers import ImageReader
+from s9_fastai.cifar.readers import array_data
+from s9_fastai.data.readers import PixelReader
 from s9_fastai.app.train import main_train
 
 posix = pytest.mark.skipif(os.name == 'nt', reason='Windows has no pipes in the file system, and needs a right for links')
@@ -294,7 +295,7 @@ if os.name != 'nt': reader_faults['a pipe to predict'] = os.mkfifo, FileNotFound
 
 
 @pytest.fixture(scope='module')
-def read(): return ImageReader(load_cifar('sample'))
+def read(): return PixelReader(array_data(load_cifar('sample')))
 
 
 @pytest.mark.parametrize('what', reader_faults)

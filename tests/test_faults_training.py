@@ -34,7 +34,8 @@ from test_cifar import tiny_arrays, write_fastai
 from s9_fastai.resume.checkpoint import Checkpoint
 from s9_fastai.training.guards import FiniteLoss
 from s9_fastai.app.command import plain_message
-from s9_fastai.cifar.loaders import CifarDL, cifar_block
+from s9_fastai.cifar.loaders import cifar_block
+from s9_fastai.data.arrays import ArrayDL
 from s9_fastai.core.events import in_fit
 from s9_fastai.core.files import replacing
 from s9_fastai.report.mistakes import plot_misclassified
@@ -374,7 +375,7 @@ def no_memory(): raise MemoryError
 
 def only_in_worker(f, at):
     "`direct_batch` with `f` before it, in a worker that has made a batch in epoch `at`"
-    real, made = CifarDL.direct_batch, []
+    real, made = ArrayDL.direct_batch, []
     def wrapped(self, chunk):
         if torch.utils.data.get_worker_info() is not None and self.epoch == at and self.shuffle and made: f()
         made.append(1)  # each worker has a list of its own
@@ -384,7 +385,7 @@ def only_in_worker(f, at):
 
 def test_a_worker_without_memory(tmp_path, monkeypatch, whole, fault):
     with monkeypatch.context() as m:
-        m.setattr(CifarDL, 'direct_batch', only_in_worker(no_memory, 1))
+        m.setattr(ArrayDL, 'direct_batch', only_in_worker(no_memory, 1))
         learn = mk(tmp_path, tiny_dls(num_workers=1))
         msg = message((MemoryError, RuntimeError, OSError), learn.fit, 3)
     fault('training', 'a worker without memory', no_pid(msg))

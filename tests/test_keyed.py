@@ -32,11 +32,13 @@ from s9_fastai.augment.item import AlbumentationsTransform, KeyedRandom, Alterna
 from s9_fastai.augment.batch import BatchAugment
 from s9_fastai.resume.checkpoint import Checkpoint
 from s9_fastai.cifar.facts import Cifar10, Split
-from s9_fastai.cifar.loaders import CifarDL, cifar_block
+from s9_fastai.cifar.loaders import cifar_block
+from s9_fastai.data.arrays import ArrayDL
 from s9_fastai.core.generators import random_kept
 from s9_fastai.augment.keyed import KeyedDL, KeyedTransform, keyed_class, make_keyed
 from s9_fastai.augment.keys import ItemKey, item_key, item_seed, seed_global, under_key
-from s9_fastai.cifar.readers import ImageReader, LabelReader
+from s9_fastai.cifar.readers import array_data
+from s9_fastai.data.readers import ClassReader, PixelReader
 from s9_fastai.test_utils import synth_cifar, synth_images
 
 n_items = 40
@@ -109,7 +111,7 @@ def test_a_worker_has_the_data_of_cifar_block(started_by):
     "Made in memory under the name of the sample: a worker must not read the real one"
     tiny = synth_cifar(32, 10)
     zero, one = (cifar_block(tiny).dataloaders(range(42), bs=8, seed=1, num_workers=w, device='cpu').train for w in (0, 1))
-    assert type(one) is CifarDL and one.is_direct()
+    assert type(one) is ArrayDL and one.is_direct()
     assert equal(epochs(one, 1), epochs(zero, 1))
 
 
@@ -134,19 +136,19 @@ def test_a_reader_takes_mapped_arrays_along_by_name_and_others_by_value(tmp_path
     np.save(tmp_path/'ims.npy', ims)
     mapped = np.load(tmp_path/'ims.npy', mmap_mode='r')
     data = Cifar10(Split(mapped, labels), Split(mapped[20:], labels[20:]), str(tmp_path), 'key')
-    for reader in (ImageReader(data), LabelReader(data)):
+    for reader in (PixelReader(array_data(data)), ClassReader(array_data(data))):
         twin = twin_in_worker(reader)
-        assert isinstance(twin.data.train.images, np.memmap) and twin.data.train.images.filename == mapped.filename
-        for ours, theirs in zip(twin.data[:2], data[:2]):
+        assert isinstance(twin.parts[0].images, np.memmap) and twin.parts[0].images.filename == mapped.filename
+        for ours, theirs in zip(twin.parts, data[:2]):
             for a, b in zip(ours, theirs, strict=True):
                 np.testing.assert_array_equal(a, b)
                 assert not a.flags.writeable and a.dtype == b.dtype
-    assert pickle.loads(pickle.dumps(ImageReader(data)))._data is None  # a file has no pixels
+    assert pickle.loads(pickle.dumps(PixelReader(array_data(data))))._parts is None  # a file has no pixels
 
 
 def test_the_cache_is_not_copied_to_a_worker(tmp_path):
     with Spawning():
-        sizes = [len(pickle.dumps(ImageReader(Cifar10(Split(a, a), Split(a, a), 'x', 'key'))))
+        sizes = [len(pickle.dumps(PixelReader(array_data(Cifar10(Split(a, a), Split(a, a), 'x', 'key')))))
                  for n in (10, 1000) for a in [np.lib.format.open_memmap(tmp_path/f'{n}.npy', 'w+', np.uint8, (n, 32, 32, 3))]]
     assert max(sizes) < 3000 and abs(sizes[0] - sizes[1]) < 50
 

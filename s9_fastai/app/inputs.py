@@ -12,7 +12,7 @@ import torch
 from fastai.data.core import DataLoaders
 from fastai.data.transforms import get_c
 
-from ..cifar.loaders import CifarDL
+from ..data.arrays import ArrayDL
 from ..core.generators import random_kept
 from ..core.kept import kept
 
@@ -74,7 +74,7 @@ def check_inputs(
 ):
     "A ValueError where a `Net` cannot learn from a training batch, with what it takes"
     dl = dls.train
-    if isinstance(dl, CifarDL) or not isinstance(dl.dataset, Sized) or not hasattr(dl, 'one_batch'):
+    if isinstance(dl, ArrayDL) or not isinstance(dl.dataset, Sized) or not hasattr(dl, 'one_batch'):
         return  # made for it, a stream, or torch's own
     x, *ys = _peek(dl)
     _check_images(x, dls.n_inp)

@@ -25,7 +25,7 @@ from .folder import in_use
 from .paths import recipe_path
 from .recipe import RECIPES, Recipe
 from ..cifar.facts import SPEC
-from ..cifar.loaders import MAX_WORKERS
+from ..data.arrays import MAX_WORKERS
 from ..core.checks import range_text
 from ..core.environment import MAX_THREADS, environment, get_device
 from ..core.files import read_json, replacing, write_json

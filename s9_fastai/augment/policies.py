@@ -61,7 +61,7 @@ def fill_colour(
 
 # %% ../../nbs/16_augment.policies.ipynb #f4aee9d7
 POLICIES = {
-    'reference': lambda size, mean: reference_policy(size),
+    'reference': lambda size, mean: reference_policy(size, (0,)*len(mean)),
     'reference_mean': lambda size, mean: reference_policy(size, fill_colour(mean)),
     'flip_crop': lambda size, mean: flip_crop_policy(size),
     'flip_crop_cutout': lambda size, mean: flip_crop_cutout_policy(size, fill_colour(mean)),

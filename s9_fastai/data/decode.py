@@ -20,7 +20,7 @@ from fastprogress.fastprogress import progress_bar
 from ..core.checks import check_choice, check_number
 from ..core.cores import n_cores
 from ..core.text import read_errors, show_bars, shown
-from .cache import cache_folder, fingerprint, kept_entry, new_array, read_entry, seal
+from .cache import cache_folder, kept_entry, new_array, read_entry, seal
 from .images import RESIZES, fitted, read_image
 from .items import ImageItems
 
@@ -35,7 +35,8 @@ class Stored:
     def __post_init__(self):
         check_number('size', self.size, Interval(ge=8, le=1024), int)
         check_choice('resize', self.resize, RESIZES)
-        if self.channels not in (1, 3): raise ValueError(f'channels is {self.channels!r}, but must be 3 (RGB) or 1 (grey)')
+        if self.channels in (1, 3): return
+        raise ValueError(f'channels is {self.channels!r}, but must be 3 (RGB) or 1 (grey)')
 
     @property
     def shape(self)->tuple: return self.size, self.size, self.channels
@@ -87,7 +88,8 @@ def entry_name(
     how:Stored, # How they are stored
 )->str: # Such as `images-0123456789abcdef-0123456789abcdef`
     "A name for the present state of the files; an OSError where that cannot be found out"
-    stats = [os.stat(p) if os.path.lexists(p := items.root/f) else None for f in items.files]
+    paths = [items.root/f for f in items.files]
+    stats = [os.stat(p) if os.path.exists(p) else None for p in paths]
     state = [(os.fsencode(f), o and (o.st_size, o.st_mtime_ns)) for f, o in zip(items.files, stats)]
     place = b'format 1' + os.fsencode(items.root.resolve())
     return f'images-{_digest(place + repr(how).encode())}-{_digest(repr(state).encode())}'
@@ -103,8 +105,8 @@ def check_room(
     need, free = n*int(np.prod(how.shape)), shutil.disk_usage(there).free
     if need <= 0.9*free: return
     raise OSError(f'{shown(folder)}: {n} images of {how.size}x{how.size} pixels take {need/1e9:.1f} GB, and '
-                  f'{free/1e9:.1f} GB are free there; take a smaller size, or another folder with cache_dir or with the '
-                  'environment variable FASTAI_HOME')
+                  f'{free/1e9:.1f} GB are free there; take a smaller size, or another folder with cache_dir or with '
+                  'the environment variable FASTAI_HOME')
 
 # %% ../../nbs/25_data.decode.ipynb #ba919bdb
 @dataclass
@@ -152,7 +154,8 @@ def decoded_images(
     cache_dir=None, # As for `cache_folder`
     progress:bool=True, # Show a progress bar while decoding, on a terminal or in a notebook?
 )->DecodedImages:
-    "The pixels of `items`, decoded at the first use; an OSError if the cache cannot be written, a ValueError if a file changes meanwhile"
+    """The pixels of `items`, decoded at the first use; an OSError if the cache cannot be written, a ValueError if a
+    file changes meanwhile"""
     with read_errors(items.root): name = entry_name(items, how)
     dst = cache_folder(cache_dir)/name
     def make():

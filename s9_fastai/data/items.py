@@ -88,7 +88,8 @@ def class_names(
     found = sorted({*_all_labels(labels)})
     for c in found:
         try: c.encode()
-        except UnicodeEncodeError as e: raise ValueError(f'{shown(c)}: a class name that is not UTF-8; rename it') from e
+        except UnicodeEncodeError as e:
+            raise ValueError(f'{shown(c)}: a class name that is not UTF-8; rename it') from e
     if file is None: return tuple(found)
     names = [ln.strip() for ln in read_input(file, 2**20).decode('utf-8', 'replace').splitlines() if ln.strip()]
     double = [c for c, n in Counter(names).items() if n > 1]
@@ -149,7 +150,8 @@ def _of_classes(root, folder):
         others += [f for f in names if not _is_image(f)]
     loose = [o.name for o in os.scandir(root/folder) if o.is_file() and _is_image(o.name)]
     if found and loose:
-        raise ValueError(f'{shown(root/folder/min(loose))}: an image outside of a folder of its class; move it into one')
+        raise ValueError(f'{shown(root/folder/min(loose))}: an image outside of a folder of its class; move it into '
+                         'one')
     return found, others
 
 # %% ../../nbs/24_data.items.ipynb #088b0124
