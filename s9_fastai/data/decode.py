@@ -116,6 +116,7 @@ class DecodedImages:
     sizes:np.ndarray # int64 (N, 2), width and height of each image in its file
     sums:np.ndarray # int64 (N, channels, 2), sum and sum of squares of the bytes of an image
     checks:np.ndarray # int64 (N,), a checksum of the pixels of each image
+    key:str # A checksum of all pixels
     faults:dict=field(default_factory=dict) # Why a file could not be read, by place
 
 # %% ../../nbs/25_data.decode.ipynb #fd5f0fe0
@@ -140,8 +141,9 @@ def mean_std(self:DecodedImages,
 
 # %% ../../nbs/25_data.decode.ipynb #1c82479a
 def _read(folder):
-    arrays, _, faults = read_entry(folder, _arrays)
-    return DecodedImages(*(arrays[k] for k in _arrays), {int(i): text for i, text in (faults or {}).items()})
+    arrays, prints, faults = read_entry(folder, _arrays)
+    by_place = {int(i): text for i, text in (faults or {}).items()}
+    return DecodedImages(*(arrays[k] for k in _arrays), prints['images'], by_place)
 
 def _remove_older(dst):
     "Remove the entries of the same folder but for `dst`"

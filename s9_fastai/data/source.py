@@ -8,6 +8,7 @@ __all__ = ['Source', 'image_source']
 # %% ../../nbs/22_data.source.ipynb #ae5d70cf
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from ..core.spec import ImageSpec
 
@@ -20,6 +21,7 @@ class Source:
     spec:ImageSpec # Classes, size, mean and standard deviation
     held_out:int=0 # Training images that are the validation set in place of the test images
     arguments:dict = field(default_factory=dict) # What the loaders were made with, by names of recipe fields
+    report:Any=None # The `ImageReport` of image files; None for others
 
     @property
     def name(self)->str: return Path(self.path).name
