@@ -773,6 +773,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                     's9_fastai/nets/net.py'),
                                     's9_fastai.nets.net._check_args': ('nets.net.html#_check_args', 's9_fastai/nets/net.py'),
                                     's9_fastai.nets.net._check_batch': ('nets.net.html#_check_batch', 's9_fastai/nets/net.py'),
+                                    's9_fastai.nets.net._padded': ('nets.net.html#_padded', 's9_fastai/nets/net.py'),
                                     's9_fastai.nets.net.norm_layer': ('nets.net.html#norm_layer', 's9_fastai/nets/net.py')},
             's9_fastai.nets.original': { 's9_fastai.nets.original._check_names': ( 'nets.original.html#_check_names',
                                                                                    's9_fastai/nets/original.py'),
