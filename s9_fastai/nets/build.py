@@ -107,8 +107,8 @@ def build_net(
     try: return _builders[library](arch, n_classes, n_in, size)
     except NotImplementedError: raise  # on the device meta
     except (ArithmeticError, AssertionError, RuntimeError, TypeError, ValueError) as e:
-        raise ValueError(f'arch is {arch!r}, which cannot be built for {n_in} channels and images of {size or "its own"} '
-                         f'pixels ({one_line(e)}): take images of another size, or another arch') from e
+        raise ValueError(f'arch is {arch!r}, which cannot be built for {n_in} channels and size {size} ({one_line(e)})'
+                         ': take images of another size, or another arch') from e
 
 # %% ../../nbs/31_nets.build.ipynb #60f904de
 def empty_net(
