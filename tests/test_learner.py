@@ -39,6 +39,7 @@ from fastai.vision.core import PILImage, PILImageBW
 from fastai.vision.data import ImageBlock, ImageDataLoaders
 from fastcore.basics import noop
 from PIL import Image
+from torch import nn
 from torch.nn import functional as F
 
 import s9_fastai.app.recipe
@@ -637,10 +638,8 @@ def test_loaders_without_classes_are_refused():
 
 
 noise = [  # what is wrong, the loaders, the message, and the loaders or arguments that the message advises
-    ('grey images', dict(x=ImageBlock(PILImageBW)), r'shape \[8, 1, 32, 32\], but Net takes one batch of images \(B, 3, H, W\) with H and W at least 31: read grey images in colour',
-     dict(x=ImageBlock(PILImage)), {}),
-    ('small images', {}, r'shape \[8, 3, 28, 28\].*make them larger, with item_tfms=Resize\(32\)', dict(item_tfms=Resize(32)), {}),
-    ('images of whole numbers', dict(x=TransformBlock(type_tfms=PILImage.create, item_tfms=ToTensor)), r'the images are uint8, but Net takes float32: add IntToFloatTensor\(\)',
+    ('small images', {}, r'shape \[8, 3, 16, 16\], but net takes one batch of images \(B, C, H, W\) with H and W at least 24: make them larger, with item_tfms=Resize\(32\)', dict(item_tfms=Resize(32)), {}),
+    ('images of whole numbers', dict(x=TransformBlock(type_tfms=PILImage.create, item_tfms=ToTensor)), r'the images are uint8, but net takes float32: add IntToFloatTensor\(\)',
      dict(x=TransformBlock(type_tfms=PILImage.create, item_tfms=ToTensor), batch_tfms=IntToFloatTensor()), {}),
     ('several labels an image', dict(y=MultiCategoryBlock, get_y=lambda p: [p.parent.name]), r"labels are float32 of shape \[8, 3\].*cross entropy takes one of 3 classes.*give another loss_func",
      dict(y=MultiCategoryBlock, get_y=lambda p: [p.parent.name]), dict(loss_func=BCEWithLogitsLossFlat(), metrics=accuracy_multi)),
@@ -651,7 +650,7 @@ noise = [  # what is wrong, the loaders, the message, and the loaders or argumen
 @pytest.mark.parametrize('what, bad, msg, advised, kwargs', noise, ids=[o[0] for o in noise])
 def test_what_net_cannot_take_is_refused_before_the_training(mk, tmp_path, fault, what, bad, msg, advised, kwargs):
     "And what the message advises trains"
-    folder_of(tmp_path, 3, 28 if what == 'small images' else 32, 'L' if what == 'grey images' else 'RGB')
+    folder_of(tmp_path, 3, 16 if what == 'small images' else 32)
     with pytest.raises(ValueError, match=msg) as e: mk(dls=block_dls(tmp_path, **bad))
     fault('training', f's9_learner with {what}', e.value)
     learn = mk(get_recipe(n_channels=4), block_dls(tmp_path, **advised), **kwargs)
@@ -659,10 +658,26 @@ def test_what_net_cannot_take_is_refused_before_the_training(mk, tmp_path, fault
     assert np.isfinite(row(learn)['valid_loss'])
 
 
+@pytest.mark.parametrize('size', [24, 28, 32])
+def test_grey_images_get_a_net_of_one_channel(mk, tmp_path, size):
+    dls = block_dls(folder_of(tmp_path/'data', 3, size, 'L'), x=ImageBlock(PILImageBW))
+    learn = mk(get_recipe(n_channels=4), dls)
+    learn.fit(1)
+    assert learn.model.conv1.conv.in_channels == 1 and np.isfinite(row(learn)['valid_loss'])
+
+
 def test_several_inputs_are_refused(tmp_path):
     block = DataBlock((ImageBlock, ImageBlock, CategoryBlock), n_inp=2, get_items=lambda p: sorted(p.rglob('*.png')), getters=[None, None, lambda p: p.parent.name])
     dls = block.dataloaders(folder_of(tmp_path, 3), bs=8, device='cpu', num_workers=0)
-    with pytest.raises(ValueError, match='a batch begins with 2 inputs, .*take a network of your own in a Learner'): s9_learner(dls)
+    with pytest.raises(ValueError, match='a batch begins with 2 inputs, .*give s9_learner a model of your own'): s9_learner(dls)
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = nn.Sequential(nn.Flatten(), nn.Linear(2*3*32*32, 3))
+        def forward(self, a, b): return self.net(torch.cat([a, b], 1))
+    learn = s9_learner(dls, model=Two())
+    with learn.no_bar(), learn.no_logging(): learn.fit(1)
+    assert np.isfinite(row(learn)['valid_loss'])
 
 
 @pytest.mark.parametrize('kwargs', [{}, dict(dl_type=KeyedDL)], ids=['TfmdDL', 'KeyedDL'])
@@ -757,7 +772,7 @@ def test_the_range_of_a_field_is_checked_and_in_the_help(f):
 
 
 def test_every_field_says_what_it_takes():
-    assert {*own.field_values()} == {f.name for f in fields(Recipe)} == {*own.CHOICES, *(f.name for f in fields(Recipe) if field_range(f))}
+    assert {*own.field_values()} == {f.name for f in fields(Recipe)} == {'arch', 'pretrained', *own.CHOICES, *(f.name for f in fields(Recipe) if field_range(f))}
 
 
 @pytest.mark.parametrize('command', mains)

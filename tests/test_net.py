@@ -239,7 +239,8 @@ def test_missing_file_and_folder(tmp_path):
     *[(dict(n_channels=n), 'n_channels is') for n in (37, 0, -2, 38., True, '38', None)],
     *[(dict(norm=n), "norm is .* must be 'bn', 'gn' or 'ln'") for n in ('batch', 'BN', None, ['bn'])],
     *[(dict(dropout=p), 'dropout is') for p in (1, 1., -0.1, float('nan'), float('inf'), '0.1', None, True)],
-    *[(dict(n_classes=n), 'n_classes is') for n in (0, -1, 10., True, '10')]])
+    *[(dict(n_classes=n), 'n_classes is') for n in (0, -1, 10., True, '10')],
+    *[(dict(n_in=n), 'n_in is') for n in (0, 1025, 3., True)]])
 def test_bad_arguments(kw, match):
     with pytest.raises(ValueError, match=match): Net(**kw)
 
@@ -262,9 +263,22 @@ def test_order_of_a_block_and_where_dropout_is():
     assert isinstance(norm_layer('gn', 38), nn.GroupNorm) and isinstance(TransitionBlock(4, 2).conv, nn.Conv2d)
 
 
-@pytest.mark.parametrize('shape', [(1, 3, 30, 32), (1, 3, 32, 30), (1, 1, 32, 32), (3, 32, 32), (1, 3, 3, 32, 32)])
+@pytest.mark.parametrize('shape', [(1, 3, 23, 32), (1, 3, 32, 23), (1, 1, 32, 32), (3, 32, 32), (1, 3, 3, 32, 32)])
 def test_bad_batches(shape):
     with pytest.raises(ValueError, match='give it'): Net()(torch.zeros(shape))
+
+
+@pytest.mark.parametrize('n_in, h, w', [(3, 24, 24), (1, 28, 28), (13, 30, 64), (4, 31, 27)])
+def test_small_images_and_other_channels(n_in, h, w):
+    "The result is that of the image with zeros around it, to the bit"
+    net, x = Net(8, n_in=n_in, n_classes=3).eval(), torch.randn(2, n_in, h, w)
+    top, left = max(0, 31 - h)//2, max(0, 31 - w)//2
+    padded = torch.zeros(2, n_in, max(h, 31), max(w, 31))
+    padded[..., top:top + h, left:left + w] = x
+    with torch.no_grad(): assert torch.equal(net(x), net(padded)) and net(x).shape == (2, 3)
+    with pytest.raises(ValueError, match=rf'give it \(B, {n_in}, H, W\) with H and W at least 24'): net(x[:, :, :23])
+    net.train()(x).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
 
 
 @pytest.mark.filterwarnings('ignore::torch.jit.TracerWarning', 'ignore:.torch.jit:FutureWarning')

@@ -234,7 +234,7 @@ def test_bad_input_size(size):
 
 def test_bad_model():
     with pytest.raises(TypeError, match='give an nn.Module'): summary(Net)
-    with pytest.raises(ValueError, match='at least 31'): summary(Net(), (3, 16, 16))
+    with pytest.raises(ValueError, match='at least 24'): summary(Net(), (3, 16, 16))
 
 
 def test_fastai_counts_the_same():

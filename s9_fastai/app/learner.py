@@ -7,7 +7,9 @@ __all__ = ['s9_learner']
 
 # %% ../../nbs/73_app.learner.ipynb #252954df
 import inspect, warnings
+from collections.abc import Callable
 from dataclasses import fields
+from pathlib import Path
 
 from fastai.callback import hook, progress  # their imports give every Learner its `summary` and its bars
 from fastai.callback.tracker import ReduceLROnPlateau
@@ -15,17 +17,19 @@ from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.metrics import accuracy
 from fastcore.foundation import L
-
+from torch import nn
 
 from ..resume.checkpoint import Checkpoint
 from ..training.guards import FiniteLoss, NoNormDecay
 from ..core.paths import given_path
 from ..training.distill import TeacherLogits
-from .inputs import check_batches, check_inputs, n_outputs
+from .inputs import check_batches, check_inputs, check_outputs, n_outputs
 from ..training.record import EpochRecorder, RunLog
 from ..training.schedule import sets_rate
 from ..data.source import image_source
+from ..nets.pretrained import load_pretrained
 from ..nets.saved import load_net
+from ..resume.saved import checkpoint_files
 from .recipe import Recipe, get_recipe
 
 # %% ../../nbs/73_app.learner.ipynb #e382fbde
@@ -59,6 +63,9 @@ def _warn_of_loaders(dls, recipe):
 def _pretrained_net(recipe, dls):
     "The network in the package; a ValueError unless it is that of `recipe` and has the classes of `dls`"
     (net, spec), (n, norm), own = load_net(), (recipe.n_channels, recipe.norm), get_recipe()
+    if recipe.arch != own.arch:
+        raise ValueError(f'the pretrained weights in the package are of arch {own.arch!r}, but the recipe has '
+                         f'{recipe.arch!r}: leave pretrained out, and give get_recipe(..., pretrained=FILE)')
     if tuple(getattr(dls, 'vocab', spec.classes)) != spec.classes or n_outputs(dls) != len(spec.classes):
         raise ValueError(f'the pretrained weights are of the {len(spec.classes)} classes of CIFAR-10, but these '
                          f'loaders have {n_outputs(dls)} others: leave pretrained out')
@@ -69,32 +76,71 @@ def _pretrained_net(recipe, dls):
     made.load_state_dict(net.state_dict())
     return made
 
+# %% ../../nbs/73_app.learner.ipynb #f49769d2
+def _is_begun(run_dir): return run_dir is not None and bool(checkpoint_files(Path(run_dir)/'checkpoints'))
+
+def _recipe_net(dls, recipe, own_loss, is_begun):
+    "The network of `recipe` for `dls`; a ValueError where it cannot learn from them"
+    n = n_outputs(dls)
+    n_in, size = check_inputs(dls, None if own_loss else n, recipe.arch)
+    net = recipe.net(n, n_in, size)
+    if recipe.pretrained and not is_begun: load_pretrained(net, recipe.pretrained, recipe.arch, size)
+    if recipe.arch != 'net': check_outputs(net, dls, n)
+    return net
+
+# %% ../../nbs/73_app.learner.ipynb #53d25345
+def _own_net(dls, recipe, model, pretrained, own_loss):
+    "The network `model`, or what it makes; a ValueError where it does not go with `recipe` or `dls`"
+    given = dict(pretrained=pretrained or recipe.pretrained, arch=recipe.arch != 'net' and recipe.arch)
+    for k, v in given.items():
+        if v: raise ValueError(f'{k} is {v!r}, and there is a model of your own: leave one of them out')
+    net = model if isinstance(model, nn.Module) else model(n_outputs(dls))
+    if not isinstance(net, nn.Module):
+        raise ValueError(f'model gives a {type(net).__name__}, but must be an nn.Module, or make one for a number of '
+                         'outputs, such as lambda n: resnet18(num_classes=n)')
+    if not own_loss: check_outputs(net, dls, n_outputs(dls))
+    return net
+
+def _network(dls, recipe, model, pretrained, run_dir, own_loss):
+    "The network that a Learner gets; errors as those of the functions that make it"
+    if model is not None: return _own_net(dls, recipe, model, pretrained, own_loss)
+    if pretrained and recipe.pretrained:
+        raise ValueError(f'pretrained is True, but the recipe has pretrained={recipe.pretrained!r}: leave one of them '
+                         'out')
+    if not pretrained: return _recipe_net(dls, recipe, own_loss, _is_begun(run_dir))
+    check_inputs(dls, None if own_loss else n_outputs(dls))
+    return _pretrained_net(recipe, dls)
+
+# %% ../../nbs/73_app.learner.ipynb #0de1e4ac
+def _arguments(recipe):
+    "Arguments of `Learner`"
+    own = dict(loss_func=recipe.loss_func(), opt_func=recipe.opt_func(), lr=recipe.lr, wd=recipe.wd, metrics=accuracy)
+    return own | recipe.freeze_args()
+
 # %% ../../nbs/73_app.learner.ipynb #38d82414
 def s9_learner(
-    dls:DataLoaders, # From `cifar_dls`, or others of colour images with classes, of 31 pixels or more
+    dls:DataLoaders, # From `cifar_dls`, or others of images with classes, of 24 pixels or more; with a `model`, any
     recipe='stated', # Name of a recipe, or a `Recipe`; its `bs`, `policy`, `augment` and `held_out` are for `cifar_dls`
     run_dir=None, # Folder for log, history and checkpoints of a new run or one to resume; None: none are written
     save_every:int|None=None, # Save a checkpoint after so many batches too; None: after each epoch
     force:bool=False, # Resume although settings have changed since the run in `run_dir` stopped?
     teacher_logits:TeacherLogits|None=None, # From `predict_logits`, for a recipe with `distill`; None: the package's
     pretrained:bool=False, # Begin with the weights in the package?
+    model:nn.Module|Callable|None=None, # Your own, or what makes it for a number of outputs; None: the recipe's `arch`
     **kwargs # For `Learner`, such as `cbs` or `path`, or `opt_func` in place of the recipe's
 )->Learner:
     "A `Learner` that follows `recipe` on `dls`: `learn.fit(100)` is the experiment, or the rest of it"
     recipe = get_recipe(recipe)
     _check_call(dls, kwargs, run_dir, save_every, force), _check_rates(recipe, kwargs.get('cbs'))
-    check_batches(dls, recipe)
-    net = _pretrained_net(recipe, dls) if pretrained else recipe.net(n_outputs(dls))
-    check_inputs(dls, None if 'loss_func' in kwargs else n_outputs(dls))
+    if run_dir is not None: run_dir = given_path(run_dir, 'run_dir')
+    net = _network(dls, recipe, model, pretrained, run_dir, 'loss_func' in kwargs)
+    check_batches(dls, net)
     _warn_of_loaders(dls, recipe)
-    own = dict(loss_func=recipe.loss_func(), opt_func=recipe.opt_func(), lr=recipe.lr, wd=recipe.wd, metrics=accuracy)
-    learn = Learner(dls, net, **{**own, **kwargs})
+    learn = Learner(dls, net, **{**_arguments(recipe), **kwargs})
     if recipe.compute == 'fast': learn.to_fast()
     learn.recipe = recipe
     learn.remove_cb(learn.recorder)
-    more = [*recipe.scheduler(), *recipe.distill_cbs(dls, teacher_logits), *recipe.ema_cbs(), FiniteLoss()]
-    if recipe.norm != 'bn': more.append(NoNormDecay())
-    if run_dir is not None:
-        run_dir = given_path(run_dir, 'run_dir')
-        more += [Checkpoint(run_dir, save_every, force), RunLog(run_dir)]
-    return learn.add_cbs([EpochRecorder(), *more])
+    more = [*recipe.scheduler(), *recipe.distill_cbs(dls, teacher_logits), *recipe.ema_cbs(), *recipe.freeze_cbs()]
+    if any(isinstance(m, nn.GroupNorm) for m in net.modules()): more.append(NoNormDecay())
+    if run_dir is not None: more += [Checkpoint(run_dir, save_every, force), RunLog(run_dir)]
+    return learn.add_cbs([EpochRecorder(), FiniteLoss(), *more])

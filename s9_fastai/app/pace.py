@@ -72,7 +72,7 @@ class SlowEpochs(Callback):
 @patch
 def after_epoch(self:SlowEpochs):
     "Compare the epoch with the fastest one, and warn once"
-    if self.start is None or not self.n: return
+    if self.start is None or not self.n or self.opt.frozen_idx: return  # a frozen body takes less time
     took, self.start = perf_counter() - self.start, None
     each, best = took/self.n, self.best
     self.best = each if best is None else min(each, best)

@@ -11,22 +11,25 @@ from dataclasses import fields, replace
 from functools import partial
 from typing import Annotated, Any
 
-import torch
 from annotated_types import Interval
+from fastai.callback.schedule import Learner
 from fastai.data.core import DataLoaders
 from fastai.losses import CrossEntropyLossFlat
 from fastcore.basics import patch
+from torch import nn
 
 from .checked import checked, field_range
 from ..augment.policies import AUGMENTS, POLICIES, check_augmentation
 from ..cifar.loaders import cifar_dls
 from ..core.checks import FRACTION, check_choice, range_text
 from ..core.text import listed
+from ..nets.build import build_net, empty_net
 from ..nets.net import NORMS, Net
 from .teacher import packaged_logits
 from ..training.distill import TeacherLogits, Distill, check_logits
 from ..training.ema import EMA
 from ..training.fast import FastSGD
+from ..training.freeze import FreezeBody, body_head
 from ..training.muon import FastMuon
 from ..training.schedule import MODES, StepLR, lr_scheduler
 
@@ -46,10 +49,12 @@ _rate = Interval(ge=1e-12, lt=_top)
 @checked
 class Recipe:
     "What a training run does; a ValueError, at once, where a value is not allowed"
-    # Channels of the wide layers, an even number
+    arch:str = _default(build_net, 'arch')  # Network
+    pretrained:str|None = None  # Weights to begin with
+    # Channels of the wide layers of net, an even number
     n_channels:Annotated[int, Interval(ge=2, le=1024)] = _default(Net, 'n_channels')
-    norm:str = _default(Net, 'norm')  # Normalisation
-    dropout:Annotated[float, FRACTION] = _default(Net, 'dropout')  # Dropout probability
+    norm:str = _default(Net, 'norm')  # Normalisation of net
+    dropout:Annotated[float, FRACTION] = _default(Net, 'dropout')  # Dropout probability of net
     policy:str = _default(cifar_dls, 'policy')  # Augmentation of the training images; reference is the experiment's
     augment:str = _default(cifar_dls, 'augment')  # How the images are augmented
     compute:str = 'fast'  # Layers and dtype
@@ -57,6 +62,8 @@ class Recipe:
     # Training images held out for validation in place of the test images, a multiple of 10
     held_out:Annotated[int, Interval(ge=0, le=24_990)] = _default(cifar_dls, 'held_out')
     epochs:Annotated[int, Interval(ge=1, le=99_999)] = 100  # Number of epochs
+    # First epochs in which only the head is trained; if above 0, the rest has 1/100 of lr after them
+    freeze_epochs:Annotated[int, Interval(ge=0, le=99_998)] = 0
     lr:Annotated[float, _rate] = 0.05  # Learning rate of the first epoch, or the highest of a triangle
     mom:Annotated[float, FRACTION] = 0.9  # Momentum, of SGD or Muon
     opt:str = 'sgd'  # Optimizer
@@ -74,7 +81,9 @@ class Recipe:
         for nm in ('compute', 'opt', 'sched'): check_choice(nm, getattr(self, nm), CHOICES[nm])
         check_augmentation(self.policy, self.augment)
         for sched in self.scheduler(): self._check_rate(sched)
-        with torch.device('meta'): self.net()  # checks the arguments, makes no weights and draws no random number
+        if self.freeze_epochs >= self.epochs:
+            raise ValueError(f'freeze_epochs is {self.freeze_epochs}, but must be below epochs, which is {self.epochs}')
+        if self.arch != 'resnet18': self.shapes()  # this name is certain, and torchvision takes a second to import
 
     def _check_rate(self, sched):
         "A ValueError if the steps take the rate out of its range during the run"
@@ -83,10 +92,15 @@ class Recipe:
         raise ValueError(f'gamma is {self.gamma!r}, which makes lr {top:.1e} within {self.epochs} epochs, but it must '
                          f'stay below {_top}: take a lower gamma or a larger step_size')
 
-    def net(self, n_classes:int=_default(Net, 'n_classes'))->Net:
-        return Net(**self.architecture(n_classes))
-    def architecture(self, n_classes:int=_default(Net, 'n_classes'))->dict:
-        return dict(n_channels=self.n_channels, norm=self.norm, dropout=self.dropout, n_classes=n_classes)
+    def architecture(self,
+        n_classes:int=_default(build_net, 'n_classes'), # Number of logits
+        n_in:int=_default(build_net, 'n_in'), # Channels of the images
+        size:int|None=None, # Height and width of the images, for a network made for one size
+    )->dict: # For `build_net`
+        own = dict(n_channels=self.n_channels, norm=self.norm, dropout=self.dropout)
+        return dict(arch=self.arch, n_classes=n_classes, n_in=n_in, **(own if self.arch == 'net' else {'size': size}))
+    def net(self, *args, **kwargs)->nn.Module: return build_net(**self.architecture(*args, **kwargs))
+    def shapes(self)->nn.Module: return empty_net(**self.architecture())
     def scheduler(self)->list[Any]:
         return lr_scheduler(self.sched, pct_start=self.pct_start, step_size=self.step_size, gamma=self.gamma)
 
@@ -124,28 +138,50 @@ def distill_cbs(self:Recipe,
     raise ValueError(f'distill is {self.distill}, so the logits of a teacher would be ignored: give a distill above 0, '
                      'or leave the logits out')
 
+# %% ../../nbs/71_app.recipe.ipynb #f1d94b85
+@patch
+def freeze_args(self:Recipe)->dict:
+    "Arguments of `Learner` for body and head: the splitter, and with `freeze_epochs` the rates"
+    if self.arch == 'net' and not self.freeze_epochs: return {}
+    ratio = _default(Learner.fine_tune, 'lr_mult')
+    return dict(splitter=body_head, **(dict(lr=slice(self.lr/ratio, self.lr)) if self.freeze_epochs else {}))
+
+# %% ../../nbs/71_app.recipe.ipynb #65bd9114
+@patch
+def freeze_cbs(self:Recipe)->list:
+    "`FreezeBody`, unless no epoch has a frozen body"
+    return [FreezeBody(self.freeze_epochs)] if self.freeze_epochs else []
+
 # %% ../../nbs/71_app.recipe.ipynb #48bf43b2
+_texts = dict(arch='net, or a name of torchvision, fastai or timm',
+              pretrained='a file (.safetensors or .pth), or imagenet to download them')
+
 def field_values()->dict: # Such as `0 to below 1`, or `'fast' (…) or 'plain' (…)`, by field
     "What each field of a `Recipe` takes, as a text"
     ranges = {f.name: range_text(r) for f in fields(Recipe) if (r := field_range(f))}
-    return {f.name: listed(CHOICES[f.name]) if f.name in CHOICES else ranges[f.name] for f in fields(Recipe)}
+    names = {k: listed(v) for k, v in CHOICES.items()}
+    return {f.name: {**_texts, **ranges, **names}[f.name] for f in fields(Recipe)}
 
 # %% ../../nbs/71_app.recipe.ipynb #d5233fb1
 _fast = Recipe(dropout=0., policy='flip_crop', augment='batch', epochs=11, opt='muon', lr=0.3, wd=1e-3,
                sched='triangle', ema=0.03)
 RECIPES = {'stated': Recipe(), 'logged': Recipe(step_size=20, dropout=0.05),
            'sample': replace(_fast, epochs=32, bs=64, lr=0.4, wd=1e-2, ema=0.09), 'fast': _fast,
-           'best': replace(_fast, epochs=150, policy='flip_crop_cutout')}
+           'best': replace(_fast, epochs=150, policy='flip_crop_cutout'),
+           'finetune': Recipe(arch='resnet18', pretrained='imagenet', policy='flip_crop', augment='batch', epochs=6,
+                              freeze_epochs=1, opt='nesterov', lr=0.1, wd=1e-3, sched='triangle')}
 
 # %% ../../nbs/71_app.recipe.ipynb #8f1ffcf1
-_used_by = dict(pct_start=('triangle',), step_size=('step',), gamma=('step', 'plateau'))  # schedules that use a field
+_net = 'arch', ('net',)
+_used_by = dict(pct_start=('sched', ('triangle',)), step_size=('sched', ('step',)),  # a field that uses it, and how
+                gamma=('sched', ('step', 'plateau')), n_channels=_net, norm=_net, dropout=_net)
 
 def _check_use(old, new):
-    "A ValueError for a field that has changed from `old` to `new` and that the schedule does not use"
-    for k, ok in _used_by.items():
-        if (v := getattr(new, k)) == getattr(old, k) or new.sched in ok: continue
-        raise ValueError(f'{k} is {v!r}, but sched is {new.sched!r}, which does not use it: leave it out, or take '
-                         f'sched {" or ".join(map(repr, ok))}')
+    "A ValueError for a field that has changed from `old` to `new` and that the schedule or the network does not use"
+    for k, (by, ok) in _used_by.items():
+        if (v := getattr(new, k)) == getattr(old, k) or getattr(new, by) in ok: continue
+        raise ValueError(f'{k} is {v!r}, but {by} is {getattr(new, by)!r}, which does not use it: leave it out, or '
+                         f'take {by} {" or ".join(map(repr, ok))}')
 
 def get_recipe(
     recipe='stated', # Name of a recipe, or a `Recipe`

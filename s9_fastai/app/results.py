@@ -53,8 +53,8 @@ def finish(
     with TemporaryDirectory() as tmp:
         tmp = Path(tmp)
         recipe, spec = learn.recipe, learn.dls.source.spec
-        save_net(learn.model, tmp/'weights.safetensors', recipe.architecture(len(spec.classes)), spec,
-                 recipe=json.dumps(asdict(recipe)))
+        architecture = recipe.architecture(len(spec.classes), len(spec.mean), spec.size)
+        save_net(learn.model, tmp/'weights.safetensors', architecture, spec, recipe=json.dumps(asdict(recipe)))
         plot_curves(run_dir/'history.csv', tmp/'curves.png', learn.recorder.lrs)
         with learn.no_bar(): plot_misclassified(learn, path=tmp/'misclassified.png')
         return [f.name for f in sorted(tmp.iterdir()) if replace_changed(f, run_dir/f.name)]

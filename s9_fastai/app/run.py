@@ -129,7 +129,8 @@ _renamed = {'average': 'ema', 'rise': 'pct_start'}  # fields of a recipe, as ver
 
 def _fields(cls, saved):
     "The object of class `cls` whose fields are in `saved`; a ValueError where one is missing or not allowed"
-    saved = {'threads': None, **saved}  # not each earlier version wrote it
+    earlier = dict(threads=None, arch='net', pretrained=None, freeze_epochs=0)  # not each earlier version wrote these
+    saved = {**earlier, **saved}
     for f in fields(cls):
         if f.name not in saved: raise ValueError(f'{f.name} is missing')
     return cls(**{f.name: saved[f.name] for f in fields(cls)})

@@ -27,6 +27,7 @@ def check_paths(
     out=None, # Option of `s9_train`
     teacher=None, # Option of `s9_train`
     distill=None, # Field of the recipe; without one, a teacher is not used
+    pretrained=None, # Field of the recipe
 ):
     "`BadInput` for a path that does not exist or cannot be used"
     try:
@@ -35,6 +36,9 @@ def check_paths(
         if teacher is not None and distill:
             path = run_path(teacher, 'teacher')
             if not os.path.isfile(path): recipe_path(path)
+        if pretrained not in (None, 'imagenet') and not os.path.isfile(pretrained):
+            raise ValueError(f'pretrained is {pretrained!r}, but must be a file of weights, or imagenet to download '
+                             'them')
         _check_data(data, resume)
     except (ValueError, OSError) as e: raise BadInput(str(e)) from e
 
@@ -66,9 +70,9 @@ def s9_train(
     threads:int=None, # CPU threads, which the result depends on; default: torch's choice, with --resume the run's own
     **overrides # Fields of the recipe, such as `epochs=3`
 ): # The trained `Learner`
-    "Train the Net on CIFAR-10 and write a run folder: recipe, log, history, checkpoints, weights and figures"
+    "Train a network on CIFAR-10 and write a run folder: recipe, log, history, checkpoints, weights and figures"
     check_together(resume, force, out=out, recipe=recipe, teacher=teacher)
-    check_paths(data, resume, out, teacher, overrides.get('distill'))
+    check_paths(data, resume, out, teacher, overrides.get('distill'), overrides.get('pretrained'))
     from s9_fastai.app import training
     own:dict[str, Any] = dict(seed=seed, workers=workers, device=device, save_every=save_every,
                               deterministic=deterministic or None, threads=threads)
@@ -84,20 +88,23 @@ def s9_train(
 
 # %% ../../nbs/79_app.train.ipynb #84c4f16c
 def s9_summary(
-    **overrides # Fields of the recipe that shape the Net
+    **overrides # Fields of the recipe that shape the network
 ): # The `Summary`
-    "Print the layers of the Net: output shape, parameters, multiply-adds, receptive field"
+    "Print the layers of the network: output shape, parameters, multiply-adds, receptive field"
     from s9_fastai.app.recipe import get_recipe
     from s9_fastai.report.summary import summary
-    try: net = get_recipe(**overrides).net()
+    try: net = get_recipe(**overrides).net(size=32)
     except ValueError as e: raise BadInput(str(e)) from e
-    table = summary(net, (3, 32, 32))
+    try: table = summary(net, (3, 32, 32))
+    except (AssertionError, RuntimeError) as e:  # of a network for larger images
+        raise BadInput(f'arch is {overrides["arch"]!r}, which takes no images of 32 pixels ({e}): take another '
+                       'one') from e
     print(table)
     return table
 
 # %% ../../nbs/79_app.train.ipynb #6255dced
 #: Fields of the recipe that are options of `s9_summary`
-NET_FIELDS = ('n_channels', 'norm', 'dropout')
+NET_FIELDS = ('arch', 'n_channels', 'norm', 'dropout')
 
 # %% ../../nbs/79_app.train.ipynb #37827668
 def main_train():

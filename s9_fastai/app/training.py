@@ -7,7 +7,7 @@ __all__ = ['run_dls', 'find_teacher', 'claim_folder', 'start_run', 'epochs_done'
 
 # %% ../../nbs/78_app.training.ipynb #9d5c10b5
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 
@@ -47,7 +47,7 @@ def run_dls(
     set_seed(options.seed)
     dls = cifar_dls(data, recipe.bs, policy=recipe.policy, augment=recipe.augment, held_out=recipe.held_out,
                     seed=options.seed, num_workers=options.workers, device=options.torch_device())
-    check_batches(dls, recipe)
+    check_batches(dls, recipe.shapes())
     return dls
 
 # %% ../../nbs/78_app.training.ipynb #2050bd04
@@ -89,6 +89,14 @@ def claim_folder(
         except ResumeError as e: raise ResumeError(in_use(run_dir) or str(e)) from e
 
 # %% ../../nbs/78_app.training.ipynb #06b640d2
+@contextmanager
+def _removed_on_error(path):
+    "Remove the folder `path`, if it is empty, where the block fails"
+    try: yield
+    except (ValueError, OSError):
+        with suppress(OSError): os.rmdir(path)
+        raise
+
 def start_run(
     recipe:Recipe, # What the run does
     options:RunOptions, # How it is run
@@ -101,7 +109,8 @@ def start_run(
     logits = find_teacher(teacher, dls, recipe)
     run = Run(new_run_dir(out, options.name), recipe, options)
     logits = logits() if logits else None
-    learn = s9_learner(dls, recipe, run.path, options.save_every, teacher_logits=logits)
+    with _removed_on_error(run.path):
+        learn = s9_learner(dls, recipe, run.path, options.save_every, teacher_logits=logits)
     learn.checkpoint.fixed = dict(seed=options.seed)
     learn.checkpoint.after_check = partial(print, opening_line(run.path), flush=True)
     claim_folder(learn, run.path)

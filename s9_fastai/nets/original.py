@@ -6,16 +6,13 @@
 __all__ = ['load_original']
 
 # %% ../../nbs/32_nets.original.ipynb #0252c0a0
-import os, pickletools, re, zipfile
 from collections.abc import Mapping
 from os import PathLike
-from pathlib import Path
 
 import torch
 
-from ..core.budget import Budget, check_zip
-from ..core.files import open_input
 from .net import Net
+from .pickled import read_pickled
 
 # %% ../../nbs/32_nets.original.ipynb #943e987d
 def _original_keys(name):
@@ -26,40 +23,6 @@ def _original_keys(name):
     if part == 'conv': return [name, f'{block}.convblock.0.{leaf}']  # one convolution that is registered twice
     if part == 'norm': return [f'{block}.convblock.1.{leaf}']
     return [name]  # fc
-
-# %% ../../nbs/32_nets.original.ipynb #1352644c
-_admitted = re.compile(r'collections OrderedDict|torch\._utils _rebuild_(tensor|parameter)\w*|torch [a-z]\w*|'
-                       r'torch(\.storage)? \w+Storage|torch\.nn\.parameter Parameter')
-
-def _check_names(pickled):
-    "A ValueError at the first name in a pickle, bytes or an open file, that no weights have"
-    for n, (op, arg, _) in enumerate(pickletools.genops(pickled)):
-        if op.name == 'GLOBAL' and not _admitted.fullmatch(str(arg)): raise ValueError(f'{arg} is refused')
-        if n > 2**18: raise ValueError(f'more than {n} instructions')
-
-def _check_weights_file(f):
-    "An error for the open file `f` unless it is what `torch.save` writes of tensors"
-    size = os.fstat(f.fileno()).st_size
-    if f.read(2) == b'PK':
-        names = [m.filename for m in check_zip(f, Budget(data=size)) if m.filename.endswith('.pkl')]
-        with zipfile.ZipFile(f) as z:
-            for nm in names: _check_names(z.read(nm))
-    else:
-        f.seek(0)
-        for _ in range(5): _check_names(f)
-    f.seek(0)
-
-# %% ../../nbs/32_nets.original.ipynb #9b7ac3be
-def _read_weights(fname):
-    "The content of `fname`, on the CPU; FileNotFoundError or ValueError that names it"
-    if not Path(fname).is_file(): raise FileNotFoundError(f'{fname}: no such file; give one saved from a state_dict')
-    with open_input(fname, 2**32) as f:
-        try:
-            _check_weights_file(f)
-            return torch.load(f, map_location='cpu', weights_only=True)
-        except Exception as e:  # damage in the pickle or in the zip around it comes as any of ten types
-            remedy = 'save the state_dict of the original again'
-            raise ValueError(f'{fname}: damaged, or not weights alone; {remedy}') from e
 
 # %% ../../nbs/32_nets.original.ipynb #f9e2d510
 def _check_tensor(key, sd, ref):
@@ -90,7 +53,7 @@ def load_original(
     """Copy `weights`, in the format of the original's Net, into `net`. A FileNotFoundError if there is no such file. A
     ValueError names the file that cannot be read, or the key that is missing, left over or misshapen, or whose two
     copies differ. After an error `net` is as it was"""
-    sd = _read_weights(weights) if isinstance(weights, (str, PathLike)) else weights
+    sd = read_pickled(weights) if isinstance(weights, (str, PathLike)) else weights
     if not isinstance(sd, Mapping):
         raise ValueError(f'original weights: a {type(sd).__name__}; give a state_dict or a file of one')
     refs = net.state_dict()

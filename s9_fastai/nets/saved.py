@@ -12,13 +12,14 @@ import torch
 
 from ..core.spec import ImageSpec
 from ..core.weights import check_finite, check_weights, open_tensors, write_tensors
-from .net import WEIGHTS, Net
+from .build import build_net, empty_net
+from .net import WEIGHTS
 
 # %% ../../nbs/32_nets.saved.ipynb #de1b463c
 def save_net(
-    net, # A `Net`
+    net, # From `build_net`
     path, # A .safetensors file, replaced as a whole
-    architecture:dict, # Arguments that `net` was made with
+    architecture:dict, # Arguments of `build_net` that `net` was made with
     spec:ImageSpec, # Its classes and images
     **about:str # Kept in the header too
 ):
@@ -27,9 +28,9 @@ def save_net(
 
 # %% ../../nbs/32_nets.saved.ipynb #70e86d44
 def _architecture(about):
-    "The arguments of `Net` in a header; a ValueError or TypeError where there are none"
+    "The arguments of `build_net` in a header; a ValueError or TypeError where there are none"
     found = json.loads(about.get('architecture', 'null'))
-    if not isinstance(found, dict) or not all(isinstance(v, (int, float, str)) for v in found.values()):
+    if not isinstance(found, dict) or not all(isinstance(v, (int, float, str, type(None))) for v in found.values()):
         raise ValueError('no architecture in the header')
     n = found.get('n_channels', 2)
     if not 2 <= n <= 1024: raise ValueError(f'n_channels is {n}, allowed are 2 to 1024')
@@ -40,37 +41,38 @@ def _described(file, architecture, spec):
     if 'classes' in file.about or spec is None: spec = ImageSpec.of_header(file.about)
     if 'architecture' in file.about or architecture is None: architecture = _architecture(file.about)
     if spec.size > 1024: raise ValueError(f'images of {spec.size} pixels, allowed are at most 1024')
-    with torch.device('meta'): net = Net(**architecture)
-    check_weights(net, file.shapes)
-    n, n_logits = len(spec.classes), net.fc.out_features
-    if n != n_logits: raise ValueError(f'{n} classes for {n_logits} logits')
+    made = {**dict(n_classes=10, n_in=3), **architecture}
+    for what, n, k in ('classes', len(spec.classes), 'n_classes'), ('channels', len(spec.mean), 'n_in'):
+        if n != made[k]: raise ValueError(f'{n} {what} of the images, but {k} is {made[k]}')
+    check_weights(empty_net(**architecture), file.shapes)
     return architecture, spec
 
 # %% ../../nbs/32_nets.saved.ipynb #35ad99c9
 @torch.no_grad()
 def _check_result(net, spec):
     "A ValueError unless `net` has finite logits for an image with pixels of every value"
-    image = torch.arange(32*32*3).remainder(256).to(torch.uint8).view(1, 32, 32, 3)
+    n, sz = len(spec.mean), spec.size
+    image = torch.arange(sz*sz*n).remainder(256).to(torch.uint8).view(1, sz, sz, n)
     if not net(spec.batch(image.numpy())).isfinite().all():
         raise ValueError('its logits are not finite, since its weights are too large')
 
 # %% ../../nbs/32_nets.saved.ipynb #453f0032
 def load_net(
     path=WEIGHTS, # From `save_net`; default: the weights in the package
-    architecture:dict|None=None, # Arguments of `Net` for a file without them in its header; None: refuse such a file
+    architecture:dict|None=None, # Of `build_net`, for a file without them in its header; None: refuse such a file
     spec:ImageSpec|None=None, # For a file without one in its header; None: refuse such a file
-)->tuple: # A `Net` on the CPU in evaluation mode, and its `ImageSpec`
+)->tuple: # The network on the CPU in evaluation mode, and its `ImageSpec`
     "The network in the file `path`; a ValueError that names the file where it is damaged or has no architecture"
     with open_tensors(path) as file:
         try: architecture, spec = _described(file, architecture, spec)
         except (ArithmeticError, RuntimeError, TypeError, ValueError) as e:  # RuntimeError: also of deep nesting
             raise ValueError(f'{path}: {e}; use a file that s9_fastai has written') from e
         tensors = file.read()
-    net = Net(**architecture).eval()
+    net = build_net(**architecture).eval()
     net.load_state_dict(tensors)
     try:
         check_finite(tensors)
         _check_result(net, spec)
-    except (RuntimeError, ValueError) as e:  # RuntimeError: mean and std of other than three channels
+    except (RuntimeError, ValueError) as e:  # RuntimeError: images too small for the network
         raise ValueError(f'{path}: {e}; use weights of a training that did not diverge') from e
     return net, spec
