@@ -69,7 +69,7 @@ def _check_images(x, n_inp, arch):
         raise ValueError(f'the images are batches of shape {list(x.shape)}, {takes}: take loaders of images, or {own}')
     if least and min(x.shape[2:]) < LEAST_SIZE:
         raise ValueError(f'the images are batches of shape {list(x.shape)}, {takes}: make them larger, with '
-                         'item_tfms=Resize(32)')
+                         'size=32 or item_tfms=Resize(32)')
     if not x.is_floating_point():
         raise ValueError(f'the images are {str(x.dtype)[6:]}, but {arch} takes float32: add IntToFloatTensor() to '
                          'batch_tfms')

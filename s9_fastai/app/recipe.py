@@ -20,7 +20,11 @@ from torch import nn
 
 from .checked import checked, field_range
 from ..augment.policies import AUGMENTS, POLICIES, check_augmentation
+from ..cifar.facts import SIZE
 from ..cifar.loaders import cifar_dls
+from ..data.decode import Stored
+from ..data.images import RESIZES, fitted
+from ..data.items import folder_items
 from ..core.checks import FRACTION, check_choice, range_text
 from ..core.text import listed
 from ..nets.build import build_net, empty_net
@@ -36,7 +40,7 @@ from ..training.schedule import MODES, StepLR, lr_scheduler
 # %% ../../nbs/71_app.recipe.ipynb #ce4d05fe
 #: Names that a field takes, each with what it is
 CHOICES:dict[str, dict] = {
-    'norm': NORMS, 'policy': POLICIES, 'augment': AUGMENTS, 'sched': MODES,
+    'norm': NORMS, 'policy': POLICIES, 'augment': AUGMENTS, 'sched': MODES, 'resize': RESIZES,
     'compute': {'fast': 'faster layers, bfloat16 where the hardware has it', 'plain': "torch's, in float32"},
     'opt': {'sgd': 'plain momentum', 'nesterov': "Nesterov's", 'muon': 'Muon, for short runs'}}
 
@@ -59,7 +63,12 @@ class Recipe:
     augment:str = _default(cifar_dls, 'augment')  # How the images are augmented
     compute:str = 'fast'  # Layers and dtype
     bs:Annotated[int, Interval(ge=1, le=2**20)] = _default(cifar_dls, 'bs')  # Images a batch
-    # Training images held out for validation in place of the test images, a multiple of 10
+    size:Annotated[int, Interval(ge=8, le=1024)]|None = None  # Height and width of images from files, in pixels
+    channels:Annotated[int, Interval(ge=1, le=3)] = _default(fitted, 'channels')  # 3 for colour, 1 for grey
+    resize:str = _default(fitted, 'resize')  # How images of other shapes become squares
+    # Part of the images for validation, where a folder or table has no such part
+    valid_pct:Annotated[float, Interval(gt=0, lt=1)] = _default(folder_items, 'valid_pct')
+    # Training images held out for validation in place of the test images, a multiple of the classes
     held_out:Annotated[int, Interval(ge=0, le=24_990)] = _default(cifar_dls, 'held_out')
     epochs:Annotated[int, Interval(ge=1, le=99_999)] = 100  # Number of epochs
     # First epochs in which only the head is trained; if above 0, the rest has 1/100 of lr after them
@@ -79,6 +88,7 @@ class Recipe:
 
     def __post_init__(self):
         for nm in ('compute', 'opt', 'sched'): check_choice(nm, getattr(self, nm), CHOICES[nm])
+        Stored(self.size or SIZE, self.resize, self.channels)  # checks these
         check_augmentation(self.policy, self.augment)
         for sched in self.scheduler(): self._check_rate(sched)
         if self.freeze_epochs >= self.epochs:

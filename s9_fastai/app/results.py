@@ -115,7 +115,8 @@ def closing_lines(
 )->list: # Of texts
     "The accuracy, what to compare it with, and the next commands"
     acc = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))['valid_accuracy']
-    images, classes = 'held-out' if learn.recipe.held_out else 'test', len(learn.dls.vocab)
+    own, classes = 'validation' if learn.dls.source.report else 'test', len(learn.dls.vocab)
+    images = 'held-out' if learn.recipe.held_out else own
     lines = [f'{images} accuracy {acc:.2%} after {epochs_text(learn.recipe.epochs)}; guessing one of {classes} classes '
              f'gives {1/classes:.0%}']
     if learn.dls.source.path == 'sample':

@@ -45,8 +45,18 @@ class RunOptions:
     save_every:Annotated[int, Interval(ge=1, le=999_999)]|None = None # Save every N batches too; None: each epoch
     deterministic:bool = False # Use only deterministic algorithms of torch?
     threads:Annotated[int, Interval(ge=1, le=MAX_THREADS)]|None = None # CPU threads of torch; None: torch's choice
+    skip_bad:bool = False # Leave image files out that cannot be read? Else they are an error
+    classes:str|None = None # Text file with a class on each line, in the order of the logits; None: sorted
+    files:str|None = None # Column of a table with the names of the files; None, here and below: the usual names
+    labels:str|None = None # Column of a table with the labels
+    split:str|None = None # Column of a table with train, valid or test
+    delim:str|None = None # What separates several labels of an image in a table; None: each has one label
 
     def torch_device(self)->torch.device: return get_device(self.device)
+
+    def data_args(self)->dict: # For `recipe_dls`
+        columns = self.files, self.labels, self.split, self.delim
+        return dict(skip_bad=self.skip_bad, classes=self.classes, columns=columns if any(columns) else None)
 
 # %% ../../nbs/77_app.run.ipynb #509b1da0
 def option_values()->dict: # Such as `0 to 256`, by option
@@ -76,7 +86,7 @@ def _make(path, own):
         else: return new
 
 # files that a run leaves if it is killed before it writes recipe.json
-_traces = re.compile(r'checkpoints(/lock)?|(\.\d+-)?(\.writable|teacher\.safetensors)|\.\d+-recipe\.json')
+_traces = re.compile(r'checkpoints(/lock)?|(\.\d+-)?(\.writable|teacher\.safetensors|split\.csv)|\.\d+-recipe\.json')
 
 def _is_unused(path): return all(_traces.fullmatch(p.relative_to(path).as_posix()) for p in path.rglob('*'))
 
@@ -115,22 +125,25 @@ def write(self:Run,
     source, # The `Source` of the loaders
     teacher_logits=None, # Of its teacher; None where there is none
 ):
-    "Write the teacher's logits, then `recipe.json`: a folder without one counts as unused; `CannotWrite` if that fails"
+    """Write the teacher's logits and the split, then `recipe.json`: a folder without one counts as unused;
+    `CannotWrite` if that fails"""
     device = self.options.torch_device()
     dtype = autocast_dtype(device) if self.recipe.compute == 'fast' else torch.float32
     teacher = {'teacher': teacher_logits.key} if teacher_logits else {}
     self.record = {**asdict(self.options), 'device': str(device), **asdict(self.recipe), **teacher, 'data': source.name,
                    'data_key': source.key, **environment(), 'autocast_dtype': str(dtype)[6:]}
     if teacher_logits: teacher_logits.save(self.path/'teacher.safetensors')
+    if source.report: source.report.items.write(self.path/'split.csv')
     write_json(self.path/'recipe.json', self.record)
 
 # %% ../../nbs/77_app.run.ipynb #7be4d103
 _renamed = {'average': 'ema', 'rise': 'pct_start'}  # fields of a recipe, as version 0.1.0 wrote them
+_later = {'threads', 'arch', 'pretrained', 'freeze_epochs', 'size', 'channels', 'resize', 'valid_pct', 'skip_bad',
+          'classes', 'files', 'labels', 'split', 'delim'}  # which it did not write
 
 def _fields(cls, saved):
     "The object of class `cls` whose fields are in `saved`; a ValueError where one is missing or not allowed"
-    earlier = dict(threads=None, arch='net', pretrained=None, freeze_epochs=0)  # not each earlier version wrote these
-    saved = {**earlier, **saved}
+    saved = {**{f.name: f.default for f in fields(cls) if f.name in _later}, **saved}
     for f in fields(cls):
         if f.name not in saved: raise ValueError(f'{f.name} is missing')
     return cls(**{f.name: saved[f.name] for f in fields(cls)})

@@ -19,7 +19,7 @@ from ..core.paths import check_new_dir, run_path
 def _check_data(path, resume):
     who = ''
     if path is None and resume is None: path, who = os.environ.get('S9_CIFAR10') or None, 'S9_CIFAR10: '
-    if path is not None and str(path) != 'sample': data_path(path, who)
+    if path is not None and str(path) != 'sample': data_path(path, who, 'a folder of images, a table, CIFAR-10')
 
 def check_paths(
     data=None, # Option of `s9_train`; None: not given, here and below
@@ -56,7 +56,7 @@ def check_together(
 
 # %% ../../nbs/79_app.train.ipynb #cd7b00a4
 def s9_train(
-    data:str=None, # CIFAR-10: folder, archive or 'sample' (2,500 embedded images); default: searched for or downloaded
+    data:str=None, # Folder of images, table, CIFAR-10 or 'sample' (2,500 of its images); default: CIFAR-10, downloaded
     recipe:str=None, # Settings of the run; default: sample for --data sample, else stated
     teacher:str=None, # For --distill: a finished run or a teacher.safetensors; default: the logits in the package
     seed:int=None, # Fixes weights, order, augmentation and dropout; default: 42
@@ -68,14 +68,21 @@ def s9_train(
     save_every:int=None, # Save every N training batches too; default: after each epoch only
     deterministic:bool=False, # Use only deterministic algorithms of torch; on a CPU all are
     threads:int=None, # CPU threads, which the result depends on; default: torch's choice, with --resume the run's own
+    skip_bad:bool=False, # Leave image files out that cannot be read; default: they are an error
+    classes:str=None, # Text file with a class on each line, in the order of the logits; default: sorted
+    files:str=None, # Column of a table with the names of the files; default: file, filename, path, image, ...
+    labels:str=None, # Column of a table with the labels; default: label, class, category, target, ...
+    split:str=None, # Column of a table with train, valid or test; default: split, set, subset, is_valid, or at random
+    delim:str=None, # What separates several labels of an image in a table; default: each image has one label
     **overrides # Fields of the recipe, such as `epochs=3`
 ): # The trained `Learner`
-    "Train a network on CIFAR-10 and write a run folder: recipe, log, history, checkpoints, weights and figures"
+    "Train a network on images and write a run folder: recipe, log, history, checkpoints, weights and figures"
     check_together(resume, force, out=out, recipe=recipe, teacher=teacher)
     check_paths(data, resume, out, teacher, overrides.get('distill'), overrides.get('pretrained'))
     from s9_fastai.app import training
     own:dict[str, Any] = dict(seed=seed, workers=workers, device=device, save_every=save_every,
-                              deterministic=deterministic or None, threads=threads)
+                              deterministic=deterministic or None, threads=threads, skip_bad=skip_bad or None,
+                              classes=classes, files=files, labels=labels, split=split, delim=delim)
     own = {k: v for k, v in own.items() if v is not None}
     if resume is not None:
         with training.input_errors(): run = training.resume_run(resume, own, overrides, data, force)

@@ -17,6 +17,7 @@ from fastai.imports import noop
 from fastai.torch_core import set_seed
 
 from .command import BadInput
+from .data import recipe_dls
 from .folder import OpenFolder, SameFolder, in_use
 from .history import check_history, history_size
 from .inputs import check_batches
@@ -26,8 +27,6 @@ from .recipe import Recipe, get_recipe
 from .results import closing_lines, epochs_text, finish, opening_line, print_epoch, resume_errors
 from .run import Run, RunOptions, new_run_dir, open_run
 from .teacher import packaged_logits, predict_logits
-from ..cifar.load import load_cifar
-from ..cifar.loaders import cifar_dls
 from ..core.environment import use_deterministic, use_threads
 from ..core.files import naming
 from ..core.paths import run_path
@@ -37,16 +36,16 @@ from ..training.distill import TeacherLogits, check_logits, check_teacher
 
 # %% ../../nbs/78_app.training.ipynb #d91b55f8
 def run_dls(
-    data, # As `path` of `cifar_dls`
-    recipe:Recipe, # Its `bs`, `policy`, `augment` and `held_out`
-    options:RunOptions, # Seed, workers, threads and device
+    data, # As for `recipe_dls`
+    recipe:Recipe, # Its fields for images and loaders
+    options:RunOptions, # Seed, workers, threads, device, and how a table is read
 ):
-    "The `DataLoaders` of a run, after `set_seed`; errors as `cifar_dls` and `check_batches`"
+    "The `DataLoaders` of a run, after `set_seed`; errors as `recipe_dls` and `check_batches`"
     use_threads(options.threads)
     if options.deterministic: use_deterministic()
     set_seed(options.seed)
-    dls = cifar_dls(data, recipe.bs, policy=recipe.policy, augment=recipe.augment, held_out=recipe.held_out,
-                    seed=options.seed, num_workers=options.workers, device=options.torch_device())
+    dls = recipe_dls(data, recipe, **options.data_args(), seed=options.seed, num_workers=options.workers,
+                     device=options.torch_device())
     check_batches(dls, recipe.shapes())
     return dls
 
@@ -58,7 +57,8 @@ def _run_logits(path, dls):
     check_teacher(about, dls, path)
     net, spec = run.net()
     net = net.to(dls.device, memory_format=torch.channels_last)
-    return partial(predict_logits, net, load_cifar(dls.source.path).train.images, spec, **about)
+    images = dls.train_ds.tls[0].tfms.fs[0].parts[0].images  # by the numbers of the items
+    return partial(predict_logits, net, images, spec, **about)
 
 def find_teacher(
     teacher, # Folder of a run or file of logits; None: the logits in the package
@@ -100,7 +100,7 @@ def _removed_on_error(path):
 def start_run(
     recipe:Recipe, # What the run does
     options:RunOptions, # How it is run
-    data=None, # As `path` of `cifar_dls`
+    data=None, # As for `recipe_dls`
     teacher=None, # As for `find_teacher`
     out=None, # Folder, new or empty; None: a new one under `runs`
 )->tuple: # The `Learner` and its `Run`
@@ -116,6 +116,7 @@ def start_run(
     claim_folder(learn, run.path)
     run.write(dls.source, logits)
     run.keep_source(dls.source.path)
+    if dls.source.report: print(dls.source.report.summary(), flush=True)
     return learn, run
 
 # %% ../../nbs/78_app.training.ipynb #cc055f54

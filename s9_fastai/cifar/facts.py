@@ -76,10 +76,11 @@ def check_size(
 def data_path(
     path:str|Path, # A folder or an archive
     who:str='', # Where the path was found, before the error; '': on the command line
+    give:str='one with CIFAR-10', # What to give instead, for the error
 )->Path:
     "`path` as `given_path`; FileNotFoundError unless it is a file or a folder, an OSError if it cannot be inspected"
     p = given_path(path, f'{who}the path of CIFAR-10')
     with read_errors(p): there = is_there(p)
     if there and (p.is_file() or p.is_dir()): return p
     what = 'not a file or a folder, but a pipe or a device' if there else 'no such file or folder'
-    raise FileNotFoundError(f'{who}{shown(path)}: {what}; give one with CIFAR-10, or the word "sample"')
+    raise FileNotFoundError(f'{who}{shown(path)}: {what}; give {give}, or the word "sample"')

@@ -6,7 +6,7 @@
 __all__ = ['VALID', 'ImageItems', 'all_labels', 'named', 'class_names', 'random_split', 'image_suffixes', 'folder_items']
 
 # %% ../../nbs/24_data.items.ipynb #de56276e
-import os, random
+import csv, os, random
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,7 +17,7 @@ from fastcore.basics import patch
 from PIL import Image
 
 from ..core.checks import check_number
-from ..core.files import read_input
+from ..core.files import read_input, replacing
 from ..core.text import read_errors, shown
 
 # %% ../../nbs/24_data.items.ipynb #529b417f
@@ -54,6 +54,19 @@ def without(self:ImageItems,
     kept = [i for i in range(len(self)) if i not in gone]
     files, labels, is_valid = (tuple(o[i] for i in kept) for o in (self.files, self.labels, self.is_valid))
     return ImageItems(self.root, files, labels, is_valid, self.classes, self.left_out)
+
+# %% ../../nbs/24_data.items.ipynb #f209a93e
+@patch
+def write(self:ImageItems,
+    path, # A .csv file, replaced as a whole
+):
+    "Write a table of file, label (several with | between them) and split; `CannotWrite` if that fails"
+    rows = zip(self.files, self.labels, self.is_valid)
+    with replacing(path) as tmp, open(tmp, 'w', newline='', encoding='utf-8', errors='backslashreplace') as f:
+        out = csv.writer(f)
+        out.writerow(['file', 'label', 'split'])
+        for file, label, valid in rows:
+            out.writerow([file, '|'.join(label) if isinstance(label, tuple) else label, 'valid' if valid else 'train'])
 
 # %% ../../nbs/24_data.items.ipynb #556a2c51
 def all_labels(

@@ -7,14 +7,11 @@ __all__ = ['read_items', 'label_array', 'ImageData', 'image_data', 'image_dls']
 
 # %% ../../nbs/29_data.loaders.ipynb #1720e9ea
 import hashlib, warnings
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 from fastai.data.core import DataLoaders
-from fastcore.basics import patch
 from fastcore.meta import delegates
 
 from ..core.paths import given_path

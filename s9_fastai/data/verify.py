@@ -92,10 +92,14 @@ def remarks(self:ImageReport)->list: # Texts of a line each
 
 # %% ../../nbs/28_data.verify.ipynb #075f8e8e
 @patch
-def __str__(self:ImageReport):
+def summary(self:ImageReport)->str:
+    "Number of images, sizes and classes"
     train, valid = (self.readable(o) for o in (False, True))
     sizes = self.decoded.sizes[train + valid]
     low, middle, high = ('x'.join(str(int(o)) for o in f(sizes, 0)) for f in (np.min, np.median, np.max))
     head = f'{len(train)} training and {len(valid)} validation images, {len(self.items.classes)} classes, '
     head += f'{middle} pixels' if low == high else f'{low} to {high} pixels, median {middle}'
-    return '\n'.join([head, *_table(self.counts()), *self.remarks()])
+    return '\n'.join([head, *_table(self.counts())])
+
+@patch
+def __str__(self:ImageReport): return '\n'.join([self.summary(), *self.remarks()])
