@@ -77,7 +77,7 @@ def run(tmp_path_factory):
     data, folder = load_cifar('sample'), tmp_path_factory.mktemp('run')/'run'
     sets = {'sample': data, 'others': data._replace(key='0123456789abcdef', source='others')}
     def load(path=None, **kwargs): return sets[path] if path in sets else load_cifar(path, **kwargs)
-    def there(path, who=''): return path if path in sets else data_path(path, who)
+    def there(path, *args): return path if path in sets else data_path(path, *args)
     def accept(self):
         self.checkpoint.release()
         raise Accepted

@@ -97,7 +97,10 @@ def shell_command(
     path, # Its last argument
 )->str:
     "`command` and `path` as a shell takes them"
-    return f'{command} {shlex.quote(str(path))}'
+    text = str(path)
+    if text.isprintable(): return f'{command} {shlex.quote(text)}'
+    codes = (c if c.isprintable() and c not in "'\\" else ''.join(f'\\x{b:02x}' for b in os.fsencode(c)) for c in text)
+    return f"{command} $'{''.join(codes)}'"
 
 # %% ../../nbs/74_app.command.ipynb #46068704
 def recipe_options(

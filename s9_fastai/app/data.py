@@ -28,7 +28,7 @@ def _check_cifar(recipe, options):
     "A ValueError for fields of `recipe` and for `options` that CIFAR-10 has no use for"
     fields = {k: getattr(recipe, k) for k in ('size', 'channels', 'resize', 'valid_pct')}
     given = {k: v for k, v in fields.items() if v != getattr(Recipe(), k) and (k, v) != ('size', SIZE)}
-    given |= {k: v for k, v in options.items() if v}
+    given |= {k: v for k, v in options.items() if v is not None}
     for k, v in given.items():
         raise ValueError(f'{k} is {v!r}, but the images are those of CIFAR-10, {SIZE}x{SIZE} pixels in colour with '
                          'a test set: leave it out')
@@ -38,24 +38,30 @@ _size = 64  # of images from files, pixels, if the recipe has none
 
 def _columns(data, names):
     "The `Columns` called `names`; a ValueError for a folder, which has none"
-    if names is None: return None
+    given = [k for k, v in names.items() if v is not None]
+    if not given: return None
     if Path(data).expanduser().is_dir():
-        raise ValueError(f'{shown(data)}: a folder, which has no columns: leave files, labels, split and delim out')
+        raise ValueError(f'{given[0]} is {names[given[0]]!r}, but {shown(data)} is a folder, which has no columns: leave '
+                         'it out')
     from s9_fastai.data.tables import Columns  # here, since it loads pandas
-    return Columns(*names)
+    return Columns(**names)
 
 def recipe_dls(
     data, # A folder of images, a table, CIFAR-10, or 'sample'; None: CIFAR-10, searched for
     recipe:Recipe, # Its fields for images and loaders
     skip_bad:bool=False, # Leave image files out that cannot be read? Else they are an error
     classes=None, # Text file with a class on each line; None: sorted
-    columns:tuple|None=None, # Arguments of `Columns`, for a table; None: the usual names
+    files:str|None=None, # Here and below as for `Columns`
+    labels:str|None=None,
+    split:str|None=None,
+    delim:str|None=None,
     **kwargs # Of both loaders: `seed`, `num_workers`, `device`, `cache_dir`
 )->DataLoaders:
     "The `DataLoaders` of `recipe` on `data`; errors as `cifar_dls` and `image_dls`"
     own = {k: getattr(recipe, k) for k in ('bs', 'policy', 'augment', 'held_out')} | kwargs
+    columns = dict(files=files, labels=labels, split=split, delim=delim)
     if _is_cifar(data):
-        _check_cifar(recipe, dict(skip_bad=skip_bad, classes=classes, columns=columns))
+        _check_cifar(recipe, dict(skip_bad=skip_bad or None, classes=classes, **columns))
         return cifar_dls(data, **own)
     shape = dict(size=recipe.size or _size, resize=recipe.resize, channels=recipe.channels)
     return image_dls(data, **shape, valid_pct=recipe.valid_pct, skip_bad=skip_bad, classes=classes,

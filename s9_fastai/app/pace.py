@@ -56,12 +56,13 @@ class SlowEpochs(Callback):
         run_dir, # Folder of the run
         factor:float=3., # At least so many times as long
         seconds:float=10., # And at least so much longer
+        hint:bool=True, # Measure the load at the start? Else the number of threads was chosen by the user
     ):
-        self.run_dir, self.factor, self.seconds = run_dir, factor, seconds
+        self.run_dir, self.factor, self.seconds, self.hint = run_dir, factor, seconds, hint
         self.best, self.start, self.n, self.is_done = None, None, 0, False
 
     def before_fit(self):
-        if not in_fit(self.learn) or self.dls.device.type != 'cpu': return
+        if not (self.hint and in_fit(self.learn) and self.dls.device.type == 'cpu'): return
         if text := load_hint(busy_cores(), len(own_cores()), torch.get_num_threads()): warnings.warn(text)
 
     def before_epoch(self): self.start, self.n = perf_counter(), 0

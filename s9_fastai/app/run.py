@@ -55,8 +55,7 @@ class RunOptions:
     def torch_device(self)->torch.device: return get_device(self.device)
 
     def data_args(self)->dict: # For `recipe_dls`
-        columns = self.files, self.labels, self.split, self.delim
-        return dict(skip_bad=self.skip_bad, classes=self.classes, columns=columns if any(columns) else None)
+        return {k: getattr(self, k) for k in ('skip_bad', 'classes', 'files', 'labels', 'split', 'delim')}
 
 # %% ../../nbs/77_app.run.ipynb #509b1da0
 def option_values()->dict: # Such as `0 to 256`, by option

@@ -192,7 +192,8 @@ def train_run(
     "Fit, and write weights and figures; errors as `resume_errors`"
     _quiet(learn, is_over)
     folder = OpenFolder(run.path)
-    cbs = [SameFolder(folder, run.options.save_every is not None), SlowEpochs(run.path)]
+    is_free = run.options.threads is None and not os.environ.get('OMP_NUM_THREADS')  # the number of threads
+    cbs = [SameFolder(folder, run.options.save_every is not None), SlowEpochs(run.path, hint=is_free)]
     try:
         with resume_errors(folder), learn.added_cbs(cbs):
             learn.fit(run.recipe.epochs)

@@ -24,6 +24,7 @@ USUAL = dict(files=('file', 'files', 'filename', 'file_name', 'fname', 'path', '
              labels=('label', 'labels', 'class', 'classes', 'category', 'target', 'tags'),
              split=('split', 'set', 'subset', 'is_valid'))
 
+# %% ../../nbs/25_data.tables.ipynb #95a081b3
 @dataclass(frozen=True)
 class Columns:
     "Where a table has files, labels and splits"
@@ -31,6 +32,10 @@ class Columns:
     labels:str|None=None # Column of labels; None: the first of `USUAL['labels']`
     split:str|None=None # Column with train, valid or test; None: the first of `USUAL['split']`, if there is one
     delim:str|None=None # What separates several labels of an image, such as a space; None: an image has one label
+
+    def __post_init__(self):
+        for k, v in vars(self).items():
+            if v == '': raise ValueError(f"{k} is '', an empty text: leave it out, or give one")
 
 # %% ../../nbs/25_data.tables.ipynb #851ba6b6
 def _column(path, frame, kind, name):
