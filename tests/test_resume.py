@@ -46,7 +46,7 @@ def tiny_dls(policy='reference', augment='item', bs=10, num_workers=0, seed=1):
 
 class Break(Callback):
     "Breaks a fit off with an error, or sends a signal, at `at`: (fit, epoch, training?, batch)"
-    order, at, send, fits = 2000, None, None, 0
+    order, at, send, fits, not_saved = 2000, None, None, 0, True
     def before_fit(self):
         if not self.lock.locked() and not hasattr(self.learn, 'lr_finder'): Break.fits += 1
     def is_there(self, event_of_signal):

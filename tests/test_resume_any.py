@@ -346,6 +346,49 @@ others = {'helpers in a list': lambda: synth_learner(cbs=Helped()), 'counters an
           'state_dict of a callback': lambda: synth_learner(cbs=Rebinds()), 'mixup': lambda: synth_learner(cbs=MixUp())}
 
 
+# Values that belong to no object
+
+class OfTheClass(Callback):
+    "Counts in an attribute of the class"
+    seen = 0
+    def after_step(self):
+        type(self).seen += 1
+        push(self.learn, type(self).seen)
+
+
+counted, rows = 0, []
+
+
+class OfTheModule(Callback):
+    "Counts in global variables"
+    def after_step(self):
+        global counted
+        counted += 1
+        rows.append(counted)
+        push(self.learn, counted + len(rows))
+
+
+def drawn_by_function(x, y):
+    "A loss function with a global counter"
+    rows.append(len(rows))
+    return nn.functional.cross_entropy(x, y)*(1 + 0.01*len(rows))
+
+
+shared = {'class': lambda: synth_learner(cbs=OfTheClass(), metrics=accuracy), 'module': lambda: synth_learner(cbs=OfTheModule(), metrics=accuracy),
+          'function': lambda: synth_learner(loss_func=drawn_by_function, metrics=accuracy)}
+
+
+@pytest.mark.parametrize('name', shared)
+def test_values_of_classes_and_modules(tmp_path, name):
+    def afresh():
+        "As in a new process"
+        global counted
+        OfTheClass.seen = counted = 0
+        rows.clear()
+        return shared[name]()
+    same(afresh, tmp_path)
+
+
 @pytest.mark.parametrize('name', others)
 def test_state_elsewhere(tmp_path, name): same(others[name], tmp_path)
 

@@ -21,6 +21,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .attributes import attributes, fingerprint, is_followed, reachable
+from .shared import set_shared, shared
 from ..core.generators import generator_state, random_kept, random_state
 from .objects import check_value, has_state_dict, is_text, put_back
 from .state import can_encode, decode, encode, is_collection
@@ -68,7 +69,7 @@ def _state_of(roots):
     for path, o in reachable(roots).items():
         if path not in roots and has_state_dict(o) and not isinstance(o, nn.Module): continue
         attrs = {k: v for k, v in attributes(o).items() if not _is_elsewhere(o, k, v) and id(v) not in of_model}
-        yield path, o, {**attrs, **_structure(o)}
+        yield path, o, {**attrs, **_structure(o), **shared(o)}
 
 # %% ../../nbs/63_resume.changed.ipynb #71fa9560
 def init_params(
@@ -130,7 +131,8 @@ def _set_of_function(f, k, v):
     else: setattr(f, f'__{k[1:-1]}__' if k[0] == '(' else k, v)
 
 def _set(o, k, v):
-    if isinstance(o, FunctionType): _set_of_function(o, k, v)
+    if ' ' in k: set_shared(o, k, v)  # no attribute has such a name
+    elif isinstance(o, FunctionType): _set_of_function(o, k, v)
     elif isinstance(o, nn.Module) and isinstance({**o._buffers, **o._parameters}.get(k), torch.Tensor):
         with torch.no_grad(): getattr(o, k).copy_(v)
     elif not isinstance(o, partial): setattr(o, k, v)
@@ -152,13 +154,14 @@ def undo(self:FitChanges,
     for o, path, was, values in self.begun.values():
         now = attributes(o)
         _remove_new(o, now, was)
+        now |= shared(o)
         for k, v in values.items():
             same = k in now and was[k] == fingerprint(now[k]) and not generator_state(now[k])
             if v is not None and not same and not keep(path, o, k): _set(o, k, put_back(now.get(k), v))
 
 # %% ../../nbs/63_resume.changed.ipynb #63ebc0a0
 def _check(path, o, k, v, now):
-    is_code = isinstance(o, (FunctionType, partial))
+    is_code = isinstance(o, (FunctionType, partial)) or ' ' in k
     if is_code and k not in now: raise ValueError(f'{path} has no {k}')
     if not is_code: check_value(o, k, v)
     if is_text(v) and k in init_params(o): raise ValueError(f'{path}.{k} is text')
@@ -171,7 +174,7 @@ def put_changes(
     found = reachable(roots)
     for path, values in kept.items():
         if path not in found: raise ValueError(f'there is no {path} here, whose {", ".join(values)} was saved')
-        now = attributes(found[path])
+        now = {**attributes(found[path]), **shared(found[path])}
         for k, v in values.items():
             _check(path, found[path], k, v, now)
             _set(found[path], k, put_back(now.get(k), v))

@@ -28,6 +28,7 @@ from .changed import FitChanges, fit_roots, in_workers, init_params, put_changes
 from .compare import ForcedSettings, changed_settings, check_lost, check_settings, describe_changes
 from .compare import refusal, warn_lost
 from .learner import SkipTo, learner_state, load_learner_state, load_model_state
+from .shared import shared
 from .saved import ResumeError, Place, checkpoint_files, checkpoint_name, newest_checkpoint
 from .settings import fit_settings
 from .state import write_state
@@ -168,7 +169,8 @@ def save(self:Checkpoint,
 def begin_again(self:Checkpoint):
     "Undo what an earlier try of this fit, in this process, has changed; settings that were changed since stay"
     if self.begun[0] == self.n_fits:
-        self.begun[1].undo(lambda path, o, k: k in init_params(o) and (path, k) not in self.moved)
+        def is_setting(path, o, k): return (k in init_params(o) or k in shared(o)) and (path, k) not in self.moved
+        self.begun[1].undo(is_setting)
     new = FitChanges(fit_roots(self.learn, self.own_cbs()))
     self.begun, self.of_workers = (self.n_fits, new), {}
     if not self.n_fits or self.origin is None: self.origin, self.earlier = copy(new), []
