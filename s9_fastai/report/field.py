@@ -102,5 +102,6 @@ def moved_field(
     "What one unit of a function's output sees, where the axes of the image are not the last ones before it or after it"
     if name == 'permute': return fields[0]
     sizes = [tuple(sz[p] if -p <= len(sz) else 1 for p in at) for sz, at in zip(ins, places)]
-    is_mixed = here is None or name != 'linear' and _mixing.fullmatch(name)
+    is_free = name == 'linear' and not any(-1 in at for at in places)
+    is_mixed = here is None or not is_free and (_mixing.fullmatch(name) or re.match('conv|max_pool|avg_pool', name))
     return output_field('matmul' if is_mixed else '', None, sizes, fields, sizes[0])

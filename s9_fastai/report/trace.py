@@ -84,11 +84,12 @@ class Trace(TorchFunctionMode):
         if name in _recurrent: self.more += _recurrent_macs(args) - (self.macs - before)
         if self.stack and name != '__get__':
             self.stack[-1][-1].update({id(t): t for t in given if id(t) in self.params})
-        for t in tensors_in(out) if ins else []: self._follow(name, args, kwargs, *zip(*ways), t)
+        for t in tensors_in(out) if ins else []: self._follow(name, args, kwargs, ways, t)
         return out
 
-    def _follow(self, name, args, kwargs, sizes, fields, places, t):
-        "Note the field of `t`, an output of the function `name`"
+    def _follow(self, name, args, kwargs, ways, t):
+        "Note the field of `t`, an output of the function `name` of tensors with the shapes, fields and places `ways`"
+        sizes, fields, places = map(list, zip(*ways))
         last = tuple(range(-len(fields[0]), 0))
         if name != 'permute' and not any(places):
             self.fields[t] = output_field(name, windows(name, args, kwargs), sizes, fields, t.shape)
