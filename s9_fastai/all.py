@@ -12,7 +12,9 @@ from s9_fastai.augment.policies import *
 from s9_fastai.data.images import *
 from s9_fastai.data.loader import *
 from s9_fastai.nets.net import *
+from s9_fastai.nets.build import *
 from s9_fastai.nets.original import *
+from s9_fastai.nets.pretrained import *
 from s9_fastai.nets.tta import *
 from s9_fastai.report.trace import Row
 from s9_fastai.report.summary import *
@@ -32,6 +34,7 @@ from s9_fastai.training.ema import *
 from s9_fastai.training.distill import *
 from s9_fastai.training.record import *
 from s9_fastai.training.guards import *
+from s9_fastai.training.freeze import *
 from s9_fastai.resume.state import *
 from s9_fastai.resume.saved import *
 from s9_fastai.resume.learner import *

@@ -178,7 +178,8 @@ refused = {
     '--norm': [*nothing, 'xx', 'BN', '0'], '--dropout': [*no_number, '1', '1.5'], '--policy': [*nothing, 'xx', '0'], '--augment': [*nothing, 'items', '0'],
     '--compute': [*nothing, 'slow', '0'], '--bs': [*no_whole, '0', '1048577'], '--epochs': [*no_whole, '0', '100000'], '--lr': [*no_number, '0', '1e-13', '1000'],
     '--mom': [*no_number, '1'], '--wd': [*no_number, '1000'], '--sched': [*nothing, 'steps', '0'], '--step-size': [*no_whole, '0', '1000001'],
-    '--gamma': [*no_number, '0', '1e-13', '1000']}
+    '--gamma': [*no_number, '0', '1e-13', '1000'], '--arch': [*nothing, 'resnet19', 'Net', 'hf-hub:timm/resnet18', 'timm/', '0'],
+    '--pretrained': [*nothing, 'nowhere', '.', 'x/'*5000], '--freeze-epochs': [*no_whole, '100', '99999']}
 
 
 def test_the_table_is_of_options_that_are_there(): assert set(refused) <= {flag for _, flag in valued}

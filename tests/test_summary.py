@@ -1,6 +1,7 @@
 "The summary against independent counts (torch's flop counter, a gradient probe) and on awkward modules"
 import copy
 import random
+from functools import partial
 
 import numpy as np
 import pytest, torch
@@ -12,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from s9_fastai.cifar.facts import Cifar10, Split
 from s9_fastai.cifar.loaders import cifar_block
 from s9_fastai.app.learner import s9_learner
+from s9_fastai.nets.build import build_net
 from s9_fastai.nets.net import ConvBlock, Net, TransitionBlock
 from s9_fastai.report.summary import Summary, summary
 from s9_fastai.report.trace import Row
@@ -537,3 +539,23 @@ def test_tensors_in_place_of_a_size():
         with pytest.raises(ValueError, match='input_size is data.*tensors as input_data'): summary(Net(), o)
     assert summary(Net(), input_data=x).rows == summary(Net()).rows
     with pytest.raises(ValueError, match='leave one out'): summary(Net(), (3, 32, 32), x)
+
+
+@pytest.mark.parametrize('arch', ['convnext_tiny', 'resnet18', 'efficientnet_b0'])
+def test_field_of_a_library_network_is_what_a_pixel_reaches(arch):
+    "The gradient of one unit in the middle is zero outside its field, and not zero at the ends of it; channels are last for some layers of a ConvNeXt"
+    net, size = build_net(arch, 3).eval(), 256
+    for m in net.modules():
+        if type(m).__name__ == 'SqueezeExcitation': m.forward = lambda x: x  # it sees the whole image
+        if isinstance(m, nn.MaxPool2d): m.forward = partial(F.avg_pool2d, kernel_size=3, stride=2, padding=1)  # all of its window
+        if isinstance(m, nn.ReLU): m.forward = F.silu
+    rows = [r for r in summary(net, (3, size, size)).rows if r.shape and len(r.shape) == 4 and r.field[0] < size/2 and r.type == 'Conv2d']
+    name, x = rows[-1].name, torch.randn(1, 3, size, size, requires_grad=True)
+    kept = []
+    net.get_submodule(name).register_forward_hook(lambda m, args, out: kept.append(out))
+    net.double()(x.double())
+    y, = kept
+    y[0, :, y.shape[2]//2, y.shape[3]//2].sum().backward()
+    for seen, want in zip((x.grad.abs().sum((0, 1, 3)), x.grad.abs().sum((0, 1, 2))), rows[-1].field):
+        at = seen.nonzero().flatten()
+        assert at[-1] - at[0] + 1 == want and want > 30

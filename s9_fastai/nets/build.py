@@ -8,6 +8,7 @@ __all__ = ['find_arch', 'build_net', 'empty_net']
 # %% ../../nbs/31_nets.build.ipynb #b305f4a1
 import difflib, inspect
 from functools import cache
+from typing import Any
 
 import torch
 from annotated_types import Interval
@@ -65,7 +66,8 @@ def find_arch(
 # %% ../../nbs/31_nets.build.ipynb #668d780f
 def _with_channels(net, n_in):
     "`net`, whose first convolution takes `n_in` channels"
-    name, c = next((k, m) for k, m in net.named_modules() if isinstance(m, nn.Conv2d))
+    found:Any = next((k, m) for k, m in net.named_modules() if isinstance(m, nn.Conv2d))
+    name, c = found
     if c.in_channels == n_in: return net
     new = nn.Conv2d(n_in, c.out_channels, c.kernel_size, c.stride, c.padding, c.dilation, bias=c.bias is not None)
     parent, _, leaf = name.rpartition('.')

@@ -138,7 +138,7 @@ class Net(nn.Module):
         self.conv12, self.gap, self.fc = conv(c, c, padding=0), nn.AdaptiveAvgPool2d(1), nn.Linear(c, n_classes)
 
     def forward(self, x):
-        _check_batch(x, self.conv1.conv.in_channels)
+        _check_batch(x, self.conv1.conv.in_channels)  # type: ignore[arg-type]
         x = _padded(x)
         x = self.conv1(x)           # (B, h, 32, 32)  the sizes are those of a 32x32 image
         x = x + self.conv2(x)       # (B, h, 32, 32)

@@ -16,7 +16,7 @@ from torch import nn
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from .field import Span, output_field, windows
+from .field import Span, moved_field, output_field, output_places, windows
 
 # %% ../../nbs/35_report.trace.ipynb #2e73f1e3
 def mac_counter():
@@ -67,6 +67,7 @@ class Trace(TorchFunctionMode):
         self.params = {id(p): p for p in model.parameters()}
         self.rows, self.act_bytes, self.counter, self.more = [], 0, mac_counter(), 0
         self.fields = WeakTensorKeyDictionary()  # beside the tensors, so that nothing stays on a buffer of the model
+        self.places = WeakTensorKeyDictionary()  # axes of the image, where they are not the last ones
         n = max(x.ndim for x in xs) - 2  # images beside a table: the table has no pixels
         for x in xs:
             if x.ndim - 2 == n > 0: self.fields[x] = [Span()]*n
@@ -78,14 +79,25 @@ class Trace(TorchFunctionMode):
         kwargs, name, before = kwargs or {}, getattr(func, '__name__', ''), self.macs
         given = tensors_in([args, kwargs])
         ins = [t for t in given if t in self.fields]
-        fields, slid = [self.fields[t] for t in ins], windows(name, args, kwargs)
-        sizes = [t.shape for t in ins]  # before the call, which may work in place
+        ways = [(t.shape, self.fields[t], self.places.get(t)) for t in ins]  # before the call, which may work in place
         out = func(*args, **kwargs)
         if name in _recurrent: self.more += _recurrent_macs(args) - (self.macs - before)
         if self.stack and name != '__get__':
             self.stack[-1][-1].update({id(t): t for t in given if id(t) in self.params})
-        for t in tensors_in(out) if ins else []: self.fields[t] = output_field(name, slid, sizes, fields, t.shape)
+        for t in tensors_in(out) if ins else []: self._follow(name, args, kwargs, ways, t)
         return out
+
+    def _follow(self, name, args, kwargs, ways, t):
+        "Note the field of `t`, an output of the function `name` of tensors with the shapes, fields and places `ways`"
+        sizes, fields, places = map(list, zip(*ways))
+        last = tuple(range(-len(fields[0]), 0))
+        if name != 'permute' and not any(places):
+            self.fields[t] = output_field(name, windows(name, args, kwargs), sizes, fields, t.shape)
+            return
+        places = [p or last for p in places]
+        here = output_places(name, args, kwargs, sizes, places, t.shape)
+        self.fields[t] = moved_field(name, sizes, fields, places, here)
+        self.places[t] = None if here == last else here
 
 # %% ../../nbs/35_report.trace.ipynb #b5fbcf7b
 @patch

@@ -6,6 +6,8 @@
 __all__ = ['body_head', 'FreezeBody']
 
 # %% ../../nbs/58_training.freeze.ipynb #09258564
+from typing import Any
+
 from annotated_types import Interval
 from fastai.callback.core import Callback
 from fastcore.foundation import L
@@ -19,8 +21,8 @@ def body_head(
     model:nn.Module, # Any network whose last part is its head
 )->L: # Two lists of parameters
     "A splitter for a `Learner`: the parameters of body and head; a ValueError where the model has only one of them"
-    if hasattr(model, 'get_classifier'): found = model.get_classifier()
-    else: found = [m for m in model.children() if next(m.parameters(), None) is not None][-1:]
+    get:Any = getattr(model, 'get_classifier', None)  # of timm
+    found = get() if get else [m for m in model.children() if next(m.parameters(), None) is not None][-1:]
     heads = [found] if isinstance(found, nn.Module) else [*found]
     head = [p for m in heads for p in m.parameters()]
     mine = {id(p) for p in head}
