@@ -319,14 +319,22 @@ def only_colours(learner, error, **kwargs):
 
 @check('AlbumentationsTransform')
 def check_albumentations(learner, tmp):
-    "`AlbumentationsTransform` in a `DataBlock`: new draws in each epoch, the same with 0 and 2 workers, none in validation; a mask follows its image"
+    "`AlbumentationsTransform` in a `DataBlock`: new draws in each epoch, the same with 0 and 2 workers, none in validation; masks and points follow their image"
     if 'item' not in known_options(learner): return AlbumentationsTransform(moving)(item_of(learner), split_idx=0)
-    if learner in ('points', 'siamese'): return only_colours(learner, TypeError, item=AlbumentationsTransform)
+    if learner == 'siamese': return only_colours(learner, TypeError, item=AlbumentationsTransform)
     check_draws(learner, item=AlbumentationsTransform(moving))
-    if learner != 'U-net': return 'the same with 0 and 2 workers'
+    if learner == 'points': check_points_move()
+    if learner != 'U-net': return 'the same with 0 and 2 workers' + ', points fit'*(learner == 'points')
     for x, y in new(learner, item=AlbumentationsTransform(A.Compose([A.HorizontalFlip(p=0.5)])), norm=False).dls.train:
         assert ((255*x[:, 0]).round() > 128).tolist() == (y == 1).tolist()  # as `mask` makes it
     return 'the same with 0 and 2 workers, masks fit'
+
+
+def check_points_move():
+    "A point is flipped with its image; albumentations counts pixels, so that 0 becomes 31"
+    pipes = None, A.Compose([A.HorizontalFlip(p=1)])
+    (x, y), (flipped, z) = (new('points', item=AlbumentationsTransform(A.Compose([]), pipe)).dls.valid.one_batch() for pipe in pipes)
+    assert (flipped == x.flip(3)).all() and (z - y*torch.tensor([-1, 1]) + torch.tensor([2/32, 0])).abs().max() < 1e-5
 
 
 def item_of(learner):
