@@ -65,11 +65,17 @@ transforms = {
     'pad, reflect_101': lambda: A.PadIfNeeded(41, 60, border_mode=reflect_101),
     'pad, replicate': lambda: A.PadIfNeeded(41, 60, border_mode=replicate),
     'pad, colour': lambda: A.PadIfNeeded(41, 60, border_mode=constant, fill=(1, 2, 3)),
+    'transpose': lambda: A.Transpose(p=1), 'quarter turns': lambda: A.RandomRotate90(p=1),
+    'rotate': lambda: A.Rotate((-70, 20), border_mode=reflect_101, p=1), 'rotate, colour': lambda: A.Rotate(180, fill=(10, 200, 90), fill_mask=3, p=1),
+    'grey': lambda: A.ToGray(p=1),
+    'resize': lambda: A.Resize(24, 41), 'resize, larger': lambda: A.Resize(64, 64), 'resized crop': lambda: A.RandomResizedCrop((24, 30)),
+    'resized crop, wide': lambda: A.RandomResizedCrop((16, 16), scale=(0.6, 1), ratio=(1, 2.5)),
     'pad only wide': lambda: A.PadIfNeeded(1, 150, border_mode=reflect_101),
 }
 by_name = pytest.mark.parametrize('name', transforms)
 
 
+def fits(t, img): return img.shape[0] == img.shape[1] or not isinstance(t, (A.Transpose, A.RandomRotate90))
 def make(name): return quietly(transforms[name])
 def twin(t): return read_policy(A.Compose([t]))[0]
 
@@ -87,6 +93,11 @@ def as_drawn(t, par, img):
         return dict(holes=holes)
     if isinstance(t, A.RandomBrightnessContrast):
         return dict(alpha=np.array([par['alpha']]), beta=np.array([par['beta']])/(255 if t.brightness_by_max else img.mean()))
+    if isinstance(t, A.Rotate): return dict(scale=np.ones((1, 2)), shift=np.zeros((1, 2)), rotate=np.rad2deg(np.arctan2(par['matrix'][0, 1], par['matrix'][0, 0]))[None])
+    if isinstance(t, A.RandomRotate90): return dict(quarters=np.array([par['factor']]))
+    if isinstance(t, A.RandomResizedCrop):
+        x1, y1, x2, y2 = par['crop_coords']
+        return dict(box=np.array([[y1, x1, y2 - y1, x2 - x1]]))
     if isinstance(t, A.RandomCrop): return dict(y=np.array([par['crop_coords'][1]]), x0=np.array([par['crop_coords'][0]]))
     return {}
 
@@ -121,6 +132,7 @@ def test_pixels_equal_albumentations(name, imgs):
     t, diffs = make(name), []
     op = twin(t)
     for i, img in enumerate(imgs):
+        if not fits(t, img): continue
         t.set_random_seed(i)
         ref, x = t(image=img)['image'], torch.from_numpy(img.copy())[None]
         out = op.apply(x, **as_drawn(t, t.params, img))[0].numpy()
@@ -128,7 +140,8 @@ def test_pixels_equal_albumentations(name, imgs):
         assert out.shape == ref.shape and out.dtype == ref.dtype
         diffs.append(abs(out.astype(float) - ref).ravel())
     diffs = np.concatenate(diffs)
-    if isinstance(t, A.Affine): assert diffs.max() <= 1 and (diffs > 0).mean() < 1e-3
+    if isinstance(t, (A.Affine, A.Rotate)): assert diffs.max() <= 1 and (diffs > 0).mean() < 1e-3
+    elif isinstance(t, (A.Resize, A.RandomResizedCrop)): assert diffs.max() <= 1  # OpenCV computes with 11 bits
     elif 'by mean' in name: assert diffs.max() <= 1
     else: assert diffs.max() == 0
 
@@ -144,6 +157,7 @@ def test_masks_equal_albumentations(name, dtype, imgs):
     t, n_differing, n = quietly((transforms | masked)[name]), 0, 0
     op = twin(t)
     for i, img in enumerate(imgs[::3]):
+        if not fits(t, img): continue
         t.set_random_seed(i)
         mask = img[..., 0] // 32
         out = t(image=img, mask=mask)
@@ -151,7 +165,7 @@ def test_masks_equal_albumentations(name, dtype, imgs):
         mine = op.apply_mask(m, **as_drawn(t, t.params, img)) if op.marks else m
         assert (m[0, ..., 0].numpy() == mask).all() and mine.dtype == m.dtype and tuple(mine.shape[1:3]) == out['mask'].shape
         n_differing, n = n_differing + (mine[0, ..., 0].numpy() != out['mask']).sum(), n + mask.size
-    if isinstance(t, A.Affine): assert n_differing <= n*(0 if int(cv2.__version__[0]) > 4 else 0.005)  # OpenCV 4 rounds coordinates to 1/1024 first
+    if isinstance(t, (A.Affine, A.Rotate)): assert n_differing <= n*(0 if int(cv2.__version__[0]) > 4 else 0.005)  # OpenCV 4 rounds coordinates to 1/1024 first
     else: assert n_differing == 0
 
 
@@ -190,14 +204,18 @@ def p_value(a, b):
     return chi2_contingency(counts).pvalue
 
 
-def albumentations_draws(t, h=32, w=40, n=n_draws):
+def width(t): return 32 if isinstance(t, A.RandomRotate90) else 40
+
+
+def albumentations_draws(t, h=32, n=n_draws):
+    w = width(t)
     img, drawn = np.full((h, w, 3), 100, np.uint8), []
     t.set_random_seed(0)
-    for _ in range(n): drawn.append(as_drawn(t, t.get_params_dependent_on_data(dict(shape=img.shape), dict(image=img)), img))
+    for _ in range(n): drawn.append(as_drawn(t, t.get_params() | t.get_params_dependent_on_data(dict(shape=img.shape), dict(image=img)), img))
     return {k: np.concatenate([d[k] for d in drawn]) for k in drawn[0]}
 
 
-def batch_draws(op, h=32, w=40, n=n_draws): return op.draw(uniforms(item_keys(0, 0, range(n)), op.n), h, w)
+def batch_draws(op, w=40, h=32, n=n_draws): return op.draw(uniforms(item_keys(0, 0, range(n)), op.n), h, w)
 
 
 def least_p(ours, theirs):
@@ -208,13 +226,13 @@ def least_p(ours, theirs):
 
 drawing = ['subpixel, reflect_101', 'subpixel, replicate', 'affine, whole pixels', 'affine, pixels', 'shift scale rotate', 'one hole',
            'holes in pixels, colour', 'holes in parts', 'holes larger than the image', 'brightness', 'brightness by mean',
-           'brightness in a safe range', 'random crop']
+           'brightness in a safe range', 'random crop', 'quarter turns', 'rotate', 'resized crop', 'resized crop, wide']
 
 
 @pytest.mark.parametrize('name', drawing)
 def test_draws_are_distributed_as_albumentations(name):
     t = make(name)
-    assert least_p(batch_draws(twin(t)), albumentations_draws(t)) > 1e-4
+    assert least_p(batch_draws(twin(t), width(t)), albumentations_draws(t)) > 1e-4
 
 
 @pytest.mark.parametrize('name, wrong', [
@@ -223,7 +241,8 @@ def test_draws_are_distributed_as_albumentations(name):
     ('affine, pixels', dict(shift=((-3, 5), (0, 3)))), ('one hole', dict(heights=(15, 16))),
     ('holes in pixels, colour', dict(holes=(2, 4))), ('holes in pixels, colour', dict(widths=(1, 19))),
     ('holes in parts', dict(heights=(0.1, 0.39))), ('brightness', dict(contrast=(-0.18, 0.2))),
-    ('brightness in a safe range', dict(safe=False)), ('random crop', dict(width=6))])
+    ('brightness in a safe range', dict(safe=False)), ('random crop', dict(width=6)), ('rotate', dict(rotate=(-68, 20))), ('resized crop', dict(scale=(0.1, 1))),
+    ('resized crop, wide', dict(ratio=(1.1, 2.5)))])
 def test_the_comparison_sees_a_wrong_range(name, wrong):
     t = make(name)
     assert least_p(batch_draws(replace(twin(t), **wrong)), albumentations_draws(t)) < 1e-6
@@ -232,7 +251,7 @@ def test_the_comparison_sees_a_wrong_range(name, wrong):
 @pytest.mark.parametrize('name', drawing)
 def test_draws_of_one_image_are_independent_where_albumentations_are(name):
     t = make(name)
-    corr = [np.corrcoef([c for c in columns(par).values() if c.std()]) for par in (batch_draws(twin(t)), albumentations_draws(t))]
+    corr = [np.corrcoef([c for c in columns(par).values() if c.std()]) for par in (batch_draws(twin(t), width(t)), albumentations_draws(t))]
     assert corr[0].shape == corr[1].shape and np.abs(corr[0] - corr[1]).max() < 6/n_draws**0.5
 
 
@@ -275,6 +294,10 @@ def one_by_one(pipe, op_draws, imgs):
             elif isinstance(t, A.CoarseDropout): img = t.apply(img, holes=mine['holes'], seed=0)
             elif isinstance(t, A.RandomBrightnessContrast): img = t.apply(img, alpha=mine['alpha'], beta=255*mine['beta'])
             elif isinstance(t, A.RandomCrop): img = img[mine['y']:, mine['x0']:][:t.height, :t.width]
+            elif isinstance(t, A.RandomRotate90): img = t.apply(img, factor=mine['quarters'])
+            elif isinstance(t, A.RandomResizedCrop):
+                y, x, h, w = mine['box']
+                img = t.apply(img, crop_coords=(x, y, x + w, y + h))
             else: img = t(image=img, force_apply=True)['image']
         outs.append(img)
     return np.stack(outs)
@@ -284,7 +307,8 @@ def pad_crop_flip():
     return A.Compose([A.PadIfNeeded(40, 40, border_mode=reflect_101), A.RandomCrop(32, 32), A.HorizontalFlip(p=0.5)])
 
 
-policies = {**{nm: lambda nm=nm: get_policy(nm, SIZE, MEAN) for nm in POLICIES}, 'pad, crop, flip': pad_crop_flip}
+policies = {**{nm: lambda nm=nm: get_policy(nm, SIZE, MEAN) for nm in POLICIES}, 'pad, crop, flip': pad_crop_flip,
+            'turns': lambda: A.Compose([A.RandomRotate90(p=0.7), A.Transpose(p=0.5), A.ToGray(p=0.2), A.Resize(40, 36), A.RandomCrop(32, 32)])}
 
 
 @pytest.mark.parametrize('name', policies)
@@ -301,14 +325,14 @@ def test_a_batch_is_the_policy_applied_one_by_one(name, layout, photos):
     assert (x == before).all() and out.is_contiguous(memory_format=torch.channels_last) and not hasattr(out, 'keys')
     assert out.data_ptr() != x.data_ptr()
     diff = abs(back(out).astype(int) - ref)
-    assert out.shape == (128, 3, 32, 32) and diff.max() <= 2 and (diff > 0).mean() < 1e-3
+    assert out.shape == (128, 3, 32, 32) and diff.max() <= 2 and (diff > 0).mean() < (0.2 if name == 'turns' else 1e-3)  # OpenCV resizes with 11 bits
 
 
 @pytest.mark.parametrize('name', policies)
 def test_masks_of_a_batch_move_with_its_images(name, photos):
     "A mask that is a channel of its image stays one: with nearest neighbours as images are, where nothing is interpolated; else it has the pixels of the op alone"
     pipe, keys = policies[name](), item_keys(3, 1, range(128))
-    still = [t for t in pipe.transforms if not isinstance(t, (A.Affine, A.RandomBrightnessContrast, A.CoarseDropout))]
+    still = [t for t in pipe.transforms if not isinstance(t, (A.Affine, A.RandomBrightnessContrast, A.CoarseDropout, A.ToGray, A.Resize))]
     tfm = BatchAugment.from_compose(A.Compose(still))
     mask = TensorMask(torch.from_numpy(photos[..., 0]))
     before = mask.clone()
@@ -639,3 +663,20 @@ def test_what_is_no_batch_op_is_refused_with_the_call_that_was_meant(ops):
 @pytest.mark.parametrize('p', [-0.1, 1.1, True, '1', None])
 def test_a_probability_of_no_use(p):
     with pytest.raises(ValueError, match=f'p is {p!r}, but must be (a number, )?0 to 1'): BatchAugment([], p=p)
+
+
+# --- quarter turns and sizes
+
+@pytest.mark.parametrize('t', [A.Transpose(p=0.5), A.RandomRotate90()], ids=lambda t: type(t).__name__)
+def test_quarter_turns_need_square_images(t, photos):
+    oblong = photos[:, :24]
+    with pytest.raises(ValueError, match='exchanges height and width, but the images of a batch are 24x32: put a Resize or a crop to a square before it'):
+        augment(BatchAugment.from_compose(A.Compose([t])), oblong)
+    assert quietly(lambda: augment(BatchAugment.from_compose(A.Compose([A.Resize(32, 32), t])), oblong)).shape == (128, 3, 32, 32)  # the remedy
+
+
+@pytest.mark.parametrize('t, message', [(A.Resize(8, 8, p=0.5), 'Resize: p is 0.5'), (A.RandomResizedCrop((8, 8), p=0.5), 'RandomResizedCrop: p is 0.5'),
+                                        (A.Resize(8, 8, interpolation=cv2.INTER_AREA), 'interpolation is 3, but .* must be cv2.INTER_LINEAR'),
+                                        (A.Rotate(crop_border=True), 'crop_border is True'), (A.ToGray(method='pca'), "method is 'pca'")])
+def test_arguments_without_a_twin_are_refused(t, message):
+    with pytest.raises(ValueError, match=message): BatchAugment.from_compose(A.Compose([t]))

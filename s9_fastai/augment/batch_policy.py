@@ -8,9 +8,10 @@ __all__ = ['read_policy']
 # %% ../../nbs/15_augment.batch_policy.ipynb #59f1c998
 import cv2, numpy as np
 
-from .batch_colour import BatchBrightnessContrast, BatchDropout
+from .batch_colour import BatchBrightnessContrast, BatchDropout, BatchGrey
 from .batch_geometry import BatchAffine, BatchCrop, BatchPad
-from .batch_ops import BatchFlip
+from .batch_ops import BatchFlip, BatchTranspose, BatchTurn
+from .batch_resize import BatchResize, BatchResizedCrop
 from .item import AlternatingFlip, SubpixelAffine
 from .pipelines import check_pipeline, check_scaling, _params_of
 
@@ -43,8 +44,9 @@ def _fill_mask(t):
     _need(t, 'fill_mask', ok, 'a whole number from 0 to 255, one class', 'give such a number')
     return int(t.fill_mask)
 
-def _nearest(t):
-    "Are masks of `t` computed as ours?"
+def _linear(t):
+    "Are images and masks of `t` interpolated as ours?"
+    _need(t, 'interpolation', t.interpolation == cv2.INTER_LINEAR, 'cv2.INTER_LINEAR')
     _need(t, 'mask_interpolation', t.mask_interpolation == cv2.INTER_NEAREST, 'cv2.INTER_NEAREST')
 
 def _always(t): _need(t, 'p', t.p == 1, '1, as all images of a batch have one size', 'give it p=1')
@@ -53,8 +55,7 @@ def _always(t): _need(t, 'p', t.p == 1, '1, as all images of a batch have one si
 def _affine(t):
     still = (0, 0)
     _need(t, 'shear', t.shear == dict(x=still, y=still), '0')
-    _need(t, 'interpolation', t.interpolation == cv2.INTER_LINEAR, 'cv2.INTER_LINEAR')
-    _nearest(t)
+    _linear(t)
     for arg in ('fit_output', 'balanced_scale'): _need(t, arg, not getattr(t, arg), 'False')
     _need(t, 'scale', min(np.ravel([*t.scale.values()])) > 0, 'above 0')
     unit, shift = 'whole', t.translate_percent or dict(x=still, y=still)
@@ -62,6 +63,11 @@ def _affine(t):
     elif type(t) is SubpixelAffine: unit = 'side'
     return BatchAffine(scale=(t.scale['x'], t.scale['y']), shift=(shift['x'], shift['y']), rotate=t.rotate, unit=unit,
                        keep_ratio=t.keep_ratio, p=t.p, **_border(t))
+
+def _rotate(t):
+    _linear(t)
+    _need(t, 'crop_border', not t.crop_border, 'False')
+    return BatchAffine(rotate=t.limit, p=t.p, **_border(t))
 
 # %% ../../nbs/15_augment.batch_policy.ipynb #47cee0a4
 def _dropout(t):
@@ -86,12 +92,26 @@ def _pad(t):
     _need(t, 'position', t.position == 'center', "'center'")
     return BatchPad(t.min_height, t.min_width, **_border(t))
 
+def _resize(t):
+    _always(t)
+    _linear(t)
+    _need(t, 'area_for_downscale', t.area_for_downscale is None, 'None')
+    if type(t).__name__ == 'Resize': return BatchResize(t.height, t.width)
+    height, width = t.size
+    return BatchResizedCrop(height, width, t.scale, t.ratio)
+
+def _grey(t):
+    _need(t, 'method', t.method == 'weighted_average', "'weighted_average'")
+    _need(t, 'num_output_channels', t.num_output_channels == 3, '3')
+    return BatchGrey(t.p)
+
 # %% ../../nbs/15_augment.batch_policy.ipynb #9bd09a9d
 _twins = dict(
     Affine=_affine, SubpixelAffine=_affine, ShiftScaleRotate=_affine, CoarseDropout=_dropout, CenterCrop=_crop,
     RandomCrop=_crop, PadIfNeeded=_pad, RandomBrightnessContrast=_brightness_contrast,
     HorizontalFlip=lambda t: BatchFlip('horizontal', p=t.p), VerticalFlip=lambda t: BatchFlip('vertical', p=t.p),
-    AlternatingFlip=lambda t: BatchFlip(alternates=True),
+    AlternatingFlip=lambda t: BatchFlip(alternates=True), Transpose=lambda t: BatchTranspose(t.p),
+    RandomRotate90=lambda t: BatchTurn(t.p), Rotate=_rotate, ToGray=_grey, Resize=_resize, RandomResizedCrop=_resize,
     ToTensorV2=lambda t: None)
 
 # %% ../../nbs/15_augment.batch_policy.ipynb #e19e5c13
@@ -102,7 +122,7 @@ def _twin(t, p):
         raise ValueError(f'{nm} of {type(t).__module__} is not supported on whole batches; supported are: '
                          f'{", ".join(_twins)}. Or {_remedy}')
     op = _twins[nm](t)
-    if isinstance(op, (BatchCrop, BatchPad)) and p < 1:
+    if isinstance(op, (BatchCrop, BatchPad, BatchResize)) and p < 1:
         raise ValueError(f'p of Compose is {p}, but with {nm} it must be 1, as all images of a batch have one size: '
                          'give Compose p=1')
     return op
