@@ -21,6 +21,7 @@ from torch import nn
 from s9_fastai.augment.item import AlbumentationsTransform, SubpixelAffine
 from s9_fastai.augment.policies import POLICIES, get_policy
 from s9_fastai.augment.batch import BatchAugment, read_policy
+from s9_fastai.augment.batch_noise import _added
 from s9_fastai.cifar.load import load_cifar
 from s9_fastai.cifar.facts import MEAN, SIZE, STD
 from s9_fastai.augment.keys import item_key, item_keys, item_seed, mix64, uniforms
@@ -68,6 +69,9 @@ transforms = {
     'transpose': lambda: A.Transpose(p=1), 'quarter turns': lambda: A.RandomRotate90(p=1),
     'rotate': lambda: A.Rotate((-70, 20), border_mode=reflect_101, p=1), 'rotate, colour': lambda: A.Rotate(180, fill=(10, 200, 90), fill_mask=3, p=1),
     'grey': lambda: A.ToGray(p=1),
+    'blur': lambda: A.GaussianBlur(p=1), 'blur, sizes': lambda: A.GaussianBlur((3, 9), (0.6, 4), p=1),
+    'hue, saturation, value': lambda: A.HueSaturationValue(p=1), 'hue alone': lambda: A.HueSaturationValue((10, 170), 0, 0, p=1),
+    'jitter': lambda: A.ColorJitter(p=1), 'jitter without hue': lambda: A.ColorJitter((0, 2), (0.1, 1.9), (0, 3), 0, p=1),
     'resize': lambda: A.Resize(24, 41), 'resize, larger': lambda: A.Resize(64, 64), 'resized crop': lambda: A.RandomResizedCrop((24, 30)),
     'resized crop, wide': lambda: A.RandomResizedCrop((16, 16), scale=(0.6, 1), ratio=(1, 2.5)),
     'pad only wide': lambda: A.PadIfNeeded(1, 150, border_mode=reflect_101),
@@ -94,6 +98,12 @@ def as_drawn(t, par, img):
     if isinstance(t, A.RandomBrightnessContrast):
         return dict(alpha=np.array([par['alpha']]), beta=np.array([par['beta']])/(255 if t.brightness_by_max else img.mean()))
     if isinstance(t, A.Rotate): return dict(scale=np.ones((1, 2)), shift=np.zeros((1, 2)), rotate=np.rad2deg(np.arctan2(par['matrix'][0, 1], par['matrix'][0, 0]))[None])
+    if isinstance(t, A.GaussianBlur):
+        k = par['kernel']
+        mid = len(k)//2
+        return dict(sigma=np.array([(0.5/np.log(k[mid]/k[mid + 1]))**0.5]), size=np.array([len(k)]))
+    if isinstance(t, A.HueSaturationValue): return {k: np.array([par[f'{k[:3]}_shift']]) for k in ('hue', 'saturation', 'value')}
+    if isinstance(t, A.ColorJitter): return dict(factors=np.array([[par[k] for k in ('brightness', 'contrast', 'saturation', 'hue')]]), order=np.array([par['order']]))
     if isinstance(t, A.RandomRotate90): return dict(quarters=np.array([par['factor']]))
     if isinstance(t, A.RandomResizedCrop):
         x1, y1, x2, y2 = par['crop_coords']
@@ -139,9 +149,13 @@ def test_pixels_equal_albumentations(name, imgs):
         assert (x[0].numpy() == img).all()  # not in place
         assert out.shape == ref.shape and out.dtype == ref.dtype
         diffs.append(abs(out.astype(float) - ref).ravel())
-    diffs = np.concatenate(diffs)
+    each, diffs = diffs, np.concatenate(diffs)
     if isinstance(t, (A.Affine, A.Rotate)): assert diffs.max() <= 1 and (diffs > 0).mean() < 1e-3
     elif isinstance(t, (A.Resize, A.RandomResizedCrop)): assert diffs.max() <= 1  # OpenCV computes with 11 bits
+    elif isinstance(t, A.GaussianBlur): assert diffs.max() <= 1 and (diffs > 0).mean() < 1e-3
+    elif isinstance(t, (A.HueSaturationValue, A.ColorJitter)):  # OpenCV cuts floats in blocks of 32 pixels, and rounds them in the rest of a row
+        blocks = np.concatenate([d for d, img in zip(each, imgs) if img.shape[1] == 32])
+        assert blocks.max() <= 1 and (blocks > 0).mean() < 1e-3 and diffs.max() <= (1 if isinstance(t, A.HueSaturationValue) else 5)
     elif 'by mean' in name: assert diffs.max() <= 1
     else: assert diffs.max() == 0
 
@@ -226,7 +240,8 @@ def least_p(ours, theirs):
 
 drawing = ['subpixel, reflect_101', 'subpixel, replicate', 'affine, whole pixels', 'affine, pixels', 'shift scale rotate', 'one hole',
            'holes in pixels, colour', 'holes in parts', 'holes larger than the image', 'brightness', 'brightness by mean',
-           'brightness in a safe range', 'random crop', 'quarter turns', 'rotate', 'resized crop', 'resized crop, wide']
+           'brightness in a safe range', 'random crop', 'quarter turns', 'rotate', 'resized crop', 'resized crop, wide', 'blur', 'blur, sizes', 'hue, saturation, value',
+           'hue alone', 'jitter']
 
 
 @pytest.mark.parametrize('name', drawing)
@@ -242,7 +257,8 @@ def test_draws_are_distributed_as_albumentations(name):
     ('holes in pixels, colour', dict(holes=(2, 4))), ('holes in pixels, colour', dict(widths=(1, 19))),
     ('holes in parts', dict(heights=(0.1, 0.39))), ('brightness', dict(contrast=(-0.18, 0.2))),
     ('brightness in a safe range', dict(safe=False)), ('random crop', dict(width=6)), ('rotate', dict(rotate=(-68, 20))), ('resized crop', dict(scale=(0.1, 1))),
-    ('resized crop, wide', dict(ratio=(1.1, 2.5)))])
+    ('resized crop, wide', dict(ratio=(1.1, 2.5))), ('blur', dict(sigma=(0.6, 3))), ('blur, sizes', dict(sizes=(3, 8))), ('hue alone', dict(hue=(10, 165))),
+    ('jitter', dict(saturation=(0.8, 1.18)))])
 def test_the_comparison_sees_a_wrong_range(name, wrong):
     t = make(name)
     assert least_p(batch_draws(replace(twin(t), **wrong)), albumentations_draws(t)) < 1e-6
@@ -482,7 +498,7 @@ class MyFlip(A.HorizontalFlip):
 
 
 @pytest.mark.parametrize('make, message', [
-    (lambda: A.GaussNoise(), 'GaussNoise of albumentations.* is not supported on whole batches; supported are: Affine, SubpixelAffine, '),
+    (lambda: A.RandomGamma(), 'RandomGamma of albumentations.* is not supported on whole batches; supported are: Affine, SubpixelAffine, '),
     (lambda: A.OneOf([A.HorizontalFlip()]), 'OneOf of albumentations'),
     (lambda: A.Sequential([A.HorizontalFlip()]), 'Sequential of albumentations'),
     (lambda: A.SomeOf([A.HorizontalFlip()], n=1), 'SomeOf of albumentations'),
@@ -680,3 +696,32 @@ def test_quarter_turns_need_square_images(t, photos):
                                         (A.Rotate(crop_border=True), 'crop_border is True'), (A.ToGray(method='pca'), "method is 'pca'")])
 def test_arguments_without_a_twin_are_refused(t, message):
     with pytest.raises(ValueError, match=message): BatchAugment.from_compose(A.Compose([t]))
+
+
+# --- noise
+
+def test_noise_is_added_as_albumentations_adds_it(imgs):
+    for i, img in enumerate(imgs[::7]):
+        noise = np.random.default_rng(i).normal(5, 60, img.shape).astype(np.float32)
+        ref = A.GaussNoise(p=1).apply(img, noise_map=noise)
+        assert (_added(torch.from_numpy(img.copy())[None], torch.from_numpy(noise)[None])[0].numpy() == ref).all()
+
+
+@pytest.mark.parametrize('per_channel', [True, False])
+def test_noise_is_distributed_as_albumentations(per_channel):
+    t, grey = A.GaussNoise((0.05, 0.1), (-0.1, 0.1), per_channel=per_channel, p=1), np.full((16, 16, 3), 128, np.uint8)
+    op, n = twin(t), 1500
+    t.set_random_state(np.random.default_rng(0), random.Random(0))
+    theirs = np.stack([t(image=grey)['image'] for _ in range(n)]).astype(float)
+    par = op.draw(uniforms(item_keys(0, 0, range(n)), op.n), 16, 16)
+    ours = op.apply(torch.from_numpy(grey).repeat(n, 1, 1, 1), **par).numpy().astype(float)
+    for f in (lambda x: x.mean((1, 2, 3)), lambda x: x.std((1, 2, 3)), lambda x: x[:, 3, 5, 1], lambda x: x[:, 3, 5, 1] - x[:, 3, 5, 2], lambda x: x[:, 3, 5, 0] - x[:, 4, 5, 0]):
+        a, b = f(ours), f(theirs)
+        assert (a == 0).all() == (b == 0).all() and ks_2samp(a, b).pvalue > 1e-4
+    assert (ours[..., 0] == ours[..., 1]).all() != per_channel
+
+
+def test_noise_depends_on_the_key_alone(photos):
+    tfm, keys = BatchAugment.from_compose(A.Compose([A.GaussNoise(p=0.8), A.GaussianBlur(p=0.5), A.ColorJitter(p=0.5)])), item_keys(0, 0, range(128))
+    whole, few = augment(tfm, photos, keys), augment(tfm, photos[[9, 4, 77]], keys[[9, 4, 77]])
+    assert (whole[[9, 4, 77]] == few).all() and (augment(tfm, photos, item_keys(0, 1, range(128))) != whole).flatten(1).any(1).all()

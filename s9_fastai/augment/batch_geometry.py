@@ -12,13 +12,7 @@ import numpy as np, torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from .batch_ops import BatchOp, _beside, _between, _colour
-
-# %% ../../nbs/12_augment.batch_geometry.ipynb #7dc1f84e
-def _inside(i, n, border):
-    "For each place of the array or tensor `i` the one of 0 to `n` - 1 whose pixel is there"
-    if border != 'reflect_101': return i.clip(0, n - 1)
-    return (n - 1) - abs(i % max(2*n - 2, 1) - (n - 1))
+from .batch_ops import BatchOp, _beside, _between, _colour, _inside
 
 # %% ../../nbs/12_augment.batch_geometry.ipynb #306fbb07
 @dataclass(frozen=True)

@@ -33,6 +33,12 @@ def _colour(fill, c):
         raise ValueError(f'fill is {fill}, but the images have {c} channels: give one number, or {c}')
     return np.broadcast_to(np.asarray(fill), (c,))
 
+# %% ../../nbs/11_augment.batch_ops.ipynb #2cf759aa
+def _inside(i, n, border):
+    "For each place of the array or tensor `i` the one of 0 to `n` - 1 whose pixel is there"
+    if border != 'reflect_101': return i.clip(0, n - 1)
+    return (n - 1) - abs(i % max(2*n - 2, 1) - (n - 1))
+
 # %% ../../nbs/11_augment.batch_ops.ipynb #2ed68be5
 class BatchOp:
     "A transform of uint8 images (B, H, W, C): `draw` makes parameters of uniform numbers, `apply` changes the images"

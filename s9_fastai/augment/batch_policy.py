@@ -10,6 +10,8 @@ import cv2, numpy as np
 
 from .batch_colour import BatchBrightnessContrast, BatchDropout, BatchGrey
 from .batch_geometry import BatchAffine, BatchCrop, BatchPad
+from .batch_hue import BatchColorJitter, BatchHueSaturationValue
+from .batch_noise import BatchBlur, BatchNoise
 from .batch_ops import BatchFlip, BatchTranspose, BatchTurn
 from .batch_resize import BatchResize, BatchResizedCrop
 from .item import AlternatingFlip, SubpixelAffine
@@ -105,6 +107,17 @@ def _grey(t):
     _need(t, 'num_output_channels', t.num_output_channels == 3, '3')
     return BatchGrey(t.p)
 
+def _noise(t):
+    _need(t, 'noise_scale_factor', t.noise_scale_factor == 1, '1')
+    return BatchNoise(t.std_range, t.mean_range, t.per_channel, t.p)
+
+def _blur(t):
+    _need(t, 'sigma_limit', min(t.sigma_limit) > 0, 'above 0')
+    return BatchBlur(t.sigma_limit, t.blur_limit, t.p)
+
+def _shift(t): return BatchHueSaturationValue(t.hue_shift_limit, t.sat_shift_limit, t.val_shift_limit, t.p)
+def _jitter(t): return BatchColorJitter(t.brightness, t.contrast, t.saturation, t.hue, t.p)
+
 # %% ../../nbs/15_augment.batch_policy.ipynb #9bd09a9d
 _twins = dict(
     Affine=_affine, SubpixelAffine=_affine, ShiftScaleRotate=_affine, CoarseDropout=_dropout, CenterCrop=_crop,
@@ -112,6 +125,7 @@ _twins = dict(
     HorizontalFlip=lambda t: BatchFlip('horizontal', p=t.p), VerticalFlip=lambda t: BatchFlip('vertical', p=t.p),
     AlternatingFlip=lambda t: BatchFlip(alternates=True), Transpose=lambda t: BatchTranspose(t.p),
     RandomRotate90=lambda t: BatchTurn(t.p), Rotate=_rotate, ToGray=_grey, Resize=_resize, RandomResizedCrop=_resize,
+    GaussNoise=_noise, GaussianBlur=_blur, ColorJitter=_jitter, HueSaturationValue=_shift,
     ToTensorV2=lambda t: None)
 
 # %% ../../nbs/15_augment.batch_policy.ipynb #e19e5c13
