@@ -13,6 +13,7 @@ from s9_fastai.augment.batch_colour import *
 from s9_fastai.augment.batch_resize import *
 from s9_fastai.augment.batch_noise import *
 from s9_fastai.augment.batch_hue import *
+from s9_fastai.augment.batch_choice import *
 from s9_fastai.augment.batch_policy import *
 from s9_fastai.augment.batch import *
 from s9_fastai.augment.policies import *

@@ -18,7 +18,7 @@ from fastai.vision.data import ImageBlock, MaskBlock
 from scipy.stats import chi2_contingency, ks_2samp
 from torch import nn
 
-from s9_fastai.augment.item import AlbumentationsTransform, SubpixelAffine
+from s9_fastai.augment.item import AlbumentationsTransform, AlternatingFlip, SubpixelAffine
 from s9_fastai.augment.policies import POLICIES, get_policy
 from s9_fastai.augment.batch import BatchAugment, read_policy
 from s9_fastai.augment.batch_noise import _added
@@ -54,6 +54,7 @@ transforms = {
     'affine, two scales, colour': lambda: A.Affine(scale={'x': (0.5, 2), 'y': (1, 1.5)}, rotate=30, fill=(10, 200, 90), p=1),
     'affine, shift alone': lambda: A.Affine(translate_percent=(-0.2, 0.2), p=1),
     'shift scale rotate': lambda: A.ShiftScaleRotate(shift_limit_x=0.2, shift_limit_y=(0, 0.1), scale_limit=0.1, rotate_limit=45, p=1),
+    'erasing': lambda: A.Erasing(fill=(9, 8, 7), fill_mask=3, p=1),
     'one hole': lambda: A.CoarseDropout((1, 1), (16, 16), (16, 16), p=1),
     'holes in pixels, colour': lambda: A.CoarseDropout((1, 4), (2, 9), (1, 20), fill=(125, 123, 114), p=1),
     'holes in parts': lambda: A.CoarseDropout((2, 3), (0.1, 0.4), (0., 0.5), fill=255, p=1),
@@ -95,6 +96,7 @@ def as_drawn(t, par, img):
         holes = np.zeros((1, t.num_holes_range[1], 4), int)
         holes[0, :len(par['holes'])] = par['holes']
         return dict(holes=holes)
+    if isinstance(t, A.Erasing): return dict(holes=par['holes'].reshape(1, -1, 4) if len(par['holes']) else np.zeros((1, 1, 4), int))
     if isinstance(t, A.RandomBrightnessContrast):
         return dict(alpha=np.array([par['alpha']]), beta=np.array([par['beta']])/(255 if t.brightness_by_max else img.mean()))
     if isinstance(t, A.Rotate): return dict(scale=np.ones((1, 2)), shift=np.zeros((1, 2)), rotate=np.rad2deg(np.arctan2(par['matrix'][0, 1], par['matrix'][0, 0]))[None])
@@ -241,7 +243,7 @@ def least_p(ours, theirs):
 drawing = ['subpixel, reflect_101', 'subpixel, replicate', 'affine, whole pixels', 'affine, pixels', 'shift scale rotate', 'one hole',
            'holes in pixels, colour', 'holes in parts', 'holes larger than the image', 'brightness', 'brightness by mean',
            'brightness in a safe range', 'random crop', 'quarter turns', 'rotate', 'resized crop', 'resized crop, wide', 'blur', 'blur, sizes', 'hue, saturation, value',
-           'hue alone', 'jitter']
+           'hue alone', 'jitter', 'erasing']
 
 
 @pytest.mark.parametrize('name', drawing)
@@ -253,7 +255,7 @@ def test_draws_are_distributed_as_albumentations(name):
 @pytest.mark.parametrize('name, wrong', [
     ('subpixel, reflect_101', dict(rotate=(-14, 15))), ('subpixel, reflect_101', dict(scale=((0.8, 1.18),)*2)),
     ('affine, whole pixels', dict(unit='side')), ('affine, whole pixels', dict(keep_ratio=True, scale=((0.8, 1.15),)*2)),
-    ('affine, pixels', dict(shift=((-3, 5), (0, 3)))), ('one hole', dict(heights=(15, 16))),
+    ('affine, pixels', dict(shift=((-3, 5), (0, 3)))), ('one hole', dict(heights=(15, 16))), ('erasing', dict(scale=(0.03, 0.33))), ('erasing', dict(ratio=(0.3, 3))),
     ('holes in pixels, colour', dict(holes=(2, 4))), ('holes in pixels, colour', dict(widths=(1, 19))),
     ('holes in parts', dict(heights=(0.1, 0.39))), ('brightness', dict(contrast=(-0.18, 0.2))),
     ('brightness in a safe range', dict(safe=False)), ('random crop', dict(width=6)), ('rotate', dict(rotate=(-68, 20))), ('resized crop', dict(scale=(0.1, 1))),
@@ -285,6 +287,32 @@ def test_probabilities_of_policy_and_transforms_multiply(p):
     assert abs(theirs - (hit[0] | hit[1]).mean()) <= 5*0.5/4000**0.5
 
 
+@pytest.mark.parametrize('pipe', [A.OneOf([A.HorizontalFlip(p=0.6), A.VerticalFlip(p=0.2), A.Transpose(p=0)], p=0.7),
+                                  A.SomeOf([A.HorizontalFlip(p=1), A.VerticalFlip(p=0.5), A.Transpose(p=0.8)], n=2, p=0.9)], ids=['OneOf', 'SomeOf'])
+def test_choices_are_as_frequent_as_in_albumentations(pipe):
+    n, img = 8000, np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    whole = A.Compose([pipe])
+    whole.set_random_state(np.random.default_rng(0), random.Random(0))
+    theirs = [whole(image=img)['image'].tobytes() for _ in range(n)]
+    ours = [o.tobytes() for o in back(augment(BatchAugment.from_compose(whole), [img]*n, item_keys(0, 0, range(n))))]
+    kinds = sorted({*ours, *theirs})
+    assert len(kinds) > 2 and chi2_contingency([[o.count(k) for k in kinds] for o in (ours, theirs)]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize('t, message', [(A.OneOf([A.Resize(8, 8), A.HorizontalFlip()]), 'Resize in OneOf is for some images only, .* put it outside of OneOf'),
+                                        (A.SomeOf([A.ToTensorV2(), A.HorizontalFlip()], n=1), 'ToTensorV2 in SomeOf is for some images only'),
+                                        (A.OneOf([]), r'OneOf: transforms is \[\], but .* must be at least one: leave it out'),
+                                        (A.SomeOf([AlternatingFlip(), A.VerticalFlip()], n=1), 'must be without AlternatingFlip: use HorizontalFlip in it')])
+def test_choices_without_a_twin_are_refused(t, message):
+    with pytest.raises(ValueError, match=message): BatchAugment.from_compose(A.Compose([t]))
+
+
+def test_masks_move_with_the_choice_of_their_image(photos):
+    pipe = A.Compose([A.OneOf([A.HorizontalFlip(p=1), A.Transpose(p=1)]), A.SomeOf([A.VerticalFlip(p=1), A.RandomRotate90(p=1)], n=1)])
+    x, y = BatchAugment.from_compose(pipe)((batch(photos, item_keys(0, 0, range(128))), TensorMask(torch.from_numpy(photos[..., 0]).long())), split_idx=0)
+    assert (x[:, 0].as_subclass(torch.Tensor) == y.as_subclass(torch.Tensor)).all() and (back(x) != photos).any()
+
+
 def test_chosen_images_are_chosen_apart():
     hit = np.zeros((5, n_draws))
     for row, par in zip(hit, BatchAugment.from_compose(get_policy('reference', SIZE, MEAN)).draw(item_keys(0, 0, range(n_draws)), 32, 32)): row[par['rows']] = 1
@@ -294,29 +322,39 @@ def test_chosen_images_are_chosen_apart():
 
 # --- whole policies
 
+def applied(t, img, mine):
+    "albumentations' own `apply` of the transform `t` to one image, with the batch's draws for it"
+    h, w = img.shape[:2]
+    if isinstance(t, A.Affine):
+        a, mid = np.deg2rad(mine['rotate']), np.array([w - 1, h - 1])/2
+        m = np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])*mine['scale']
+        m = np.r_[np.c_[m, mid + mine['shift'] - m @ mid], [[0, 0, 1]]]
+        return t.apply(img, matrix=m, output_shape=(h, w))
+    if isinstance(t, A.CoarseDropout): return t.apply(img, holes=mine['holes'], seed=0)
+    if isinstance(t, A.RandomBrightnessContrast): return t.apply(img, alpha=mine['alpha'], beta=255*mine['beta'])
+    if isinstance(t, A.RandomCrop): return img[mine['y']:, mine['x0']:][:t.height, :t.width]
+    if isinstance(t, A.RandomRotate90): return t.apply(img, factor=mine['quarters'])
+    return t(image=img, force_apply=True)['image']
+
+
+def one(par, i):
+    "The parameters of image `i`, or None if it is not hit"
+    at = np.flatnonzero(par['rows'] == i)
+    if not len(at): return None
+    if 'drawn' in par: return [one(o, at[0]) for o in par['drawn']]  # of each transform of a choice
+    return {k: v[at[0]] for k, v in par.items() if k != 'rows'}
+
+
+def applied_in(pipe, img, pars):
+    for t, mine in zip(pipe.transforms, pars):
+        if mine is None: continue
+        img = applied_in(t, img, mine) if isinstance(t, A.BaseCompose) else applied(t, img, mine)
+    return img
+
+
 def one_by_one(pipe, op_draws, imgs):
-    "The plain, slow reference: albumentations' own `apply`, image by image, with the batch's draws"
-    outs = []
-    for i, img in enumerate(imgs):
-        for t, par in zip(pipe.transforms, op_draws):
-            if i not in par['rows']: continue
-            mine = {k: v[list(par['rows']).index(i)] for k, v in par.items() if k != 'rows'}
-            h, w = img.shape[:2]
-            if isinstance(t, A.Affine):
-                a, mid = np.deg2rad(mine['rotate']), np.array([w - 1, h - 1])/2
-                m = np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])*mine['scale']
-                m = np.r_[np.c_[m, mid + mine['shift'] - m @ mid], [[0, 0, 1]]]
-                img = t.apply(img, matrix=m, output_shape=(h, w))
-            elif isinstance(t, A.CoarseDropout): img = t.apply(img, holes=mine['holes'], seed=0)
-            elif isinstance(t, A.RandomBrightnessContrast): img = t.apply(img, alpha=mine['alpha'], beta=255*mine['beta'])
-            elif isinstance(t, A.RandomCrop): img = img[mine['y']:, mine['x0']:][:t.height, :t.width]
-            elif isinstance(t, A.RandomRotate90): img = t.apply(img, factor=mine['quarters'])
-            elif isinstance(t, A.RandomResizedCrop):
-                y, x, h, w = mine['box']
-                img = t.apply(img, crop_coords=(x, y, x + w, y + h))
-            else: img = t(image=img, force_apply=True)['image']
-        outs.append(img)
-    return np.stack(outs)
+    "The plain, slow reference: albumentations image by image, with the batch's draws"
+    return np.stack([applied_in(pipe, img, [one(par, i) for par in op_draws]) for i, img in enumerate(imgs)])
 
 
 def pad_crop_flip():
@@ -324,7 +362,9 @@ def pad_crop_flip():
 
 
 policies = {**{nm: lambda nm=nm: get_policy(nm, SIZE, MEAN) for nm in POLICIES}, 'pad, crop, flip': pad_crop_flip,
-            'turns': lambda: A.Compose([A.RandomRotate90(p=0.7), A.Transpose(p=0.5), A.ToGray(p=0.2), A.Resize(40, 36), A.RandomCrop(32, 32)])}
+            'turns': lambda: A.Compose([A.RandomRotate90(p=0.7), A.Transpose(p=0.5), A.ToGray(p=0.2), A.Resize(40, 36), A.RandomCrop(32, 32)]),
+            'one of': lambda: A.Compose([A.OneOf([A.HorizontalFlip(p=1), A.RandomRotate90(p=0.5), A.CoarseDropout(p=2/3), A.RandomBrightnessContrast(p=0.3)], p=0.8), A.VerticalFlip(p=0.5)]),
+            'some of': lambda: A.Compose([A.SomeOf([A.HorizontalFlip(p=1), A.CoarseDropout(p=0.7), A.Transpose(p=0.5), A.OneOf([A.VerticalFlip(p=1), A.ToGray(p=1)], p=0.5)], n=2, p=0.9)])}
 
 
 @pytest.mark.parametrize('name', policies)
@@ -348,6 +388,7 @@ def test_a_batch_is_the_policy_applied_one_by_one(name, layout, photos):
 def test_masks_of_a_batch_move_with_its_images(name, photos):
     "A mask that is a channel of its image stays one: with nearest neighbours as images are, where nothing is interpolated; else it has the pixels of the op alone"
     pipe, keys = policies[name](), item_keys(3, 1, range(128))
+    if name in ('one of', 'some of'): pytest.skip('of a choice')
     still = [t for t in pipe.transforms if not isinstance(t, (A.Affine, A.RandomBrightnessContrast, A.CoarseDropout, A.ToGray, A.Resize))]
     tfm = BatchAugment.from_compose(A.Compose(still))
     mask = TensorMask(torch.from_numpy(photos[..., 0]))
@@ -499,9 +540,11 @@ class MyFlip(A.HorizontalFlip):
 
 @pytest.mark.parametrize('make, message', [
     (lambda: A.RandomGamma(), 'RandomGamma of albumentations.* is not supported on whole batches; supported are: Affine, SubpixelAffine, '),
-    (lambda: A.OneOf([A.HorizontalFlip()]), 'OneOf of albumentations'),
+    (lambda: A.OneOrOther(A.HorizontalFlip(), A.VerticalFlip()), 'OneOrOther of albumentations'),
     (lambda: A.Sequential([A.HorizontalFlip()]), 'Sequential of albumentations'),
-    (lambda: A.SomeOf([A.HorizontalFlip()], n=1), 'SomeOf of albumentations'),
+    (lambda: A.RandomOrder([A.HorizontalFlip()], n=1), 'RandomOrder of albumentations'),
+    (lambda: A.OneOf([A.Sequential([A.HorizontalFlip()])]), 'Sequential of albumentations'),
+    (lambda: A.SomeOf([A.HorizontalFlip()], n=1, replace=True), 'SomeOf: replace is True, but'),
     (lambda: A.Compose([A.HorizontalFlip()]), 'Compose of albumentations'),
     (lambda: MyFlip(), f'MyFlip of {__name__} is not supported on whole batches'),
     (lambda: type('Affine', (A.Affine,), {'__module__': 'mine'})(), 'Affine of mine is not supported on whole batches'),

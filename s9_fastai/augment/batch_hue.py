@@ -9,7 +9,6 @@ __all__ = ['BatchHueSaturationValue', 'BatchColorJitter']
 from dataclasses import dataclass
 
 import numpy as np, torch
-from fastcore.basics import patch
 
 from .batch_colour import _grey
 from .batch_ops import BatchOp, _beside

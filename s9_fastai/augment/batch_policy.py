@@ -8,7 +8,8 @@ __all__ = ['read_policy']
 # %% ../../nbs/15_augment.batch_policy.ipynb #59f1c998
 import cv2, numpy as np
 
-from .batch_colour import BatchBrightnessContrast, BatchDropout, BatchGrey
+from .batch_choice import BatchOneOf, BatchSomeOf
+from .batch_colour import BatchBrightnessContrast, BatchDropout, BatchErasing, BatchGrey
 from .batch_geometry import BatchAffine, BatchCrop, BatchPad
 from .batch_hue import BatchColorJitter, BatchHueSaturationValue
 from .batch_noise import BatchBlur, BatchNoise
@@ -78,6 +79,10 @@ def _dropout(t):
     fill_mask = None if t.fill_mask is None else _fill_mask(t)
     return BatchDropout(t.num_holes_range, t.hole_height_range, t.hole_width_range, _fill(t), fill_mask, p=t.p)
 
+def _erasing(t):
+    fill_mask = None if t.fill_mask is None else _fill_mask(t)
+    return BatchErasing(t.scale, t.ratio, _fill(t), fill_mask, p=t.p)
+
 def _brightness_contrast(t):
     _need(t, 'brightness_by_max', t.brightness_by_max or not t.ensure_safe_range, 'True with ensure_safe_range')
     return BatchBrightnessContrast(t.brightness_limit, t.contrast_limit, t.brightness_by_max, t.ensure_safe_range,
@@ -118,6 +123,26 @@ def _blur(t):
 def _shift(t): return BatchHueSaturationValue(t.hue_shift_limit, t.sat_shift_limit, t.val_shift_limit, t.p)
 def _jitter(t): return BatchColorJitter(t.brightness, t.contrast, t.saturation, t.hue, t.p)
 
+# %% ../../nbs/15_augment.batch_policy.ipynb #e45e03ec
+_sizing = BatchCrop, BatchPad, BatchResize
+
+def _choices(t):
+    "The twins of the transforms in the composition `t`"
+    _need(t, 'transforms', t.transforms, 'at least one', 'leave it out')
+    ops = tuple(_twin(o, 1) for o in t.transforms)
+    for o, op in zip(t.transforms, ops):
+        if op and not isinstance(op, _sizing): continue
+        raise ValueError(f'{type(o).__name__} in {type(t).__name__} is for some images only, but all images of a batch '
+                         f'have one size and type: put it outside of {type(t).__name__}')
+    return ops
+
+def _some(t):
+    _need(t, 'replace', not t.replace, 'False')
+    ops = _choices(t)
+    alternates = any(op.alternates for op in ops)
+    _need(t, 'transforms', not alternates, 'without AlternatingFlip', 'use HorizontalFlip in it')
+    return BatchSomeOf(ops, t.n, t.p)
+
 # %% ../../nbs/15_augment.batch_policy.ipynb #9bd09a9d
 _twins = dict(
     Affine=_affine, SubpixelAffine=_affine, ShiftScaleRotate=_affine, CoarseDropout=_dropout, CenterCrop=_crop,
@@ -125,6 +150,7 @@ _twins = dict(
     HorizontalFlip=lambda t: BatchFlip('horizontal', p=t.p), VerticalFlip=lambda t: BatchFlip('vertical', p=t.p),
     AlternatingFlip=lambda t: BatchFlip(alternates=True), Transpose=lambda t: BatchTranspose(t.p),
     RandomRotate90=lambda t: BatchTurn(t.p), Rotate=_rotate, ToGray=_grey, Resize=_resize, RandomResizedCrop=_resize,
+    Erasing=_erasing, OneOf=lambda t: BatchOneOf(_choices(t), t.p), SomeOf=_some,
     GaussNoise=_noise, GaussianBlur=_blur, ColorJitter=_jitter, HueSaturationValue=_shift,
     ToTensorV2=lambda t: None)
 
@@ -136,7 +162,7 @@ def _twin(t, p):
         raise ValueError(f'{nm} of {type(t).__module__} is not supported on whole batches; supported are: '
                          f'{", ".join(_twins)}. Or {_remedy}')
     op = _twins[nm](t)
-    if isinstance(op, (BatchCrop, BatchPad, BatchResize)) and p < 1:
+    if isinstance(op, _sizing) and p < 1:
         raise ValueError(f'p of Compose is {p}, but with {nm} it must be 1, as all images of a batch have one size: '
                          'give Compose p=1')
     return op
