@@ -5,8 +5,16 @@ from s9_fastai.augment.keys import *
 from s9_fastai.augment.keyed import *
 from s9_fastai.augment.pixels import *
 from s9_fastai.augment.pipelines import *
+from s9_fastai.augment.targets import *
 from s9_fastai.augment.item import *
 from s9_fastai.augment.batch_ops import *
+from s9_fastai.augment.batch_geometry import *
+from s9_fastai.augment.batch_colour import *
+from s9_fastai.augment.batch_resize import *
+from s9_fastai.augment.batch_noise import *
+from s9_fastai.augment.batch_hue import *
+from s9_fastai.augment.batch_choice import *
+from s9_fastai.augment.batch_policy import *
 from s9_fastai.augment.batch import *
 from s9_fastai.augment.policies import *
 from s9_fastai.data.images import *

@@ -204,7 +204,7 @@ def pil(): return PILImage.create(np.full((32, 32, 3), 90, np.uint8))
 
 
 in_places = {
-    'points': TensorPoint(torch.zeros(1, 2)), 'boxes': TensorBBox(torch.zeros(1, 4)), 'labelled boxes': LabeledBBox(TensorBBox(torch.zeros(1, 4)), L('a')),
+    'labelled boxes': LabeledBBox(TensorBBox(torch.zeros(1, 4)), L('a')),
     'image': pil(), 'image of PIL': Image.new('RGB', (32, 32)), 'array': np.zeros((32, 32), np.uint8), 'TensorImage': TensorImage(torch.zeros(3, 32, 32)),
     'TensorMask': TensorMask(torch.zeros(32, 32)), 'points as an array': np.zeros((5, 2)), 'points as a tensor': torch.zeros(5, 2)}
 not_in_places = {
@@ -307,12 +307,16 @@ def test_a_second_image_in_the_item_keeps_its_pixels(img):
     assert y is second
 
 
-def test_a_mask_with_points_beside_it(img):
-    item = (PILImage.create(img), PILMask.create(img[..., 0]), TensorPoint(torch.zeros(1, 2)))
-    with pytest.raises(TypeError, match='not its TensorPoint'): AlbumentationsTransform(A.Compose([A.HorizontalFlip()]))(item, split_idx=0)
+@pytest.mark.parametrize('y', [TensorPoint(torch.zeros(1, 2)), TensorBBox(torch.zeros(1, 4))], ids=['points', 'boxes'])
+def test_points_and_boxes_without_a_transform_that_moves_them(img, y):
+    item = (PILImage.create(img), PILMask.create(img[..., 0]), y)
+    still = AlbumentationsTransform(quietly(lambda: A.Compose([A.HorizontalFlip(), Unknown(image=lambda x, **_: x[::-1], p=1)])))
+    with pytest.raises(TypeError, match=f'Lambda would move the image, but not its {type(y).__name__}: take Lambda out, or '): still(item, split_idx=0)
+    pair = (item[0], item[0]), 'same', y  # the images of a pair have draws of their own
+    with pytest.raises(TypeError, match='Flip would move the image, but not its'): AlbumentationsTransform(A.Compose([A.HorizontalFlip()]))(pair, split_idx=0)
     out = AlbumentationsTransform(A.Compose([Darker(p=1)]))(item, split_idx=0)
     np.testing.assert_array_equal(np.asarray(out[1]), img[..., 0])
-    assert out[2] is item[2]
+    assert out[2] is y
 
 
 def test_a_mask_moves_with_its_image(img):

@@ -14,12 +14,14 @@ from fastai.data.transforms import IndexSplitter, IntToFloatTensor, Normalize
 from fastai.learner import Learner, load_learner
 from fastai.torch_core import TensorCategory, TensorImage, TensorImageBase, TensorImageBW, TensorMask, set_seed
 from fastai.vision.core import TensorBBox, TensorPoint
+from fastai.vision.data import ImageBlock, MaskBlock
 from scipy.stats import chi2_contingency, ks_2samp
 from torch import nn
 
-from s9_fastai.augment.item import AlbumentationsTransform, SubpixelAffine
+from s9_fastai.augment.item import AlbumentationsTransform, AlternatingFlip, SubpixelAffine
 from s9_fastai.augment.policies import POLICIES, get_policy
 from s9_fastai.augment.batch import BatchAugment, read_policy
+from s9_fastai.augment.batch_noise import _added
 from s9_fastai.cifar.load import load_cifar
 from s9_fastai.cifar.facts import MEAN, SIZE, STD
 from s9_fastai.augment.keys import item_key, item_keys, item_seed, mix64, uniforms
@@ -52,6 +54,7 @@ transforms = {
     'affine, two scales, colour': lambda: A.Affine(scale={'x': (0.5, 2), 'y': (1, 1.5)}, rotate=30, fill=(10, 200, 90), p=1),
     'affine, shift alone': lambda: A.Affine(translate_percent=(-0.2, 0.2), p=1),
     'shift scale rotate': lambda: A.ShiftScaleRotate(shift_limit_x=0.2, shift_limit_y=(0, 0.1), scale_limit=0.1, rotate_limit=45, p=1),
+    'erasing': lambda: A.Erasing(fill=(9, 8, 7), fill_mask=3, p=1),
     'one hole': lambda: A.CoarseDropout((1, 1), (16, 16), (16, 16), p=1),
     'holes in pixels, colour': lambda: A.CoarseDropout((1, 4), (2, 9), (1, 20), fill=(125, 123, 114), p=1),
     'holes in parts': lambda: A.CoarseDropout((2, 3), (0.1, 0.4), (0., 0.5), fill=255, p=1),
@@ -64,11 +67,20 @@ transforms = {
     'pad, reflect_101': lambda: A.PadIfNeeded(41, 60, border_mode=reflect_101),
     'pad, replicate': lambda: A.PadIfNeeded(41, 60, border_mode=replicate),
     'pad, colour': lambda: A.PadIfNeeded(41, 60, border_mode=constant, fill=(1, 2, 3)),
+    'transpose': lambda: A.Transpose(p=1), 'quarter turns': lambda: A.RandomRotate90(p=1),
+    'rotate': lambda: A.Rotate((-70, 20), border_mode=reflect_101, p=1), 'rotate, colour': lambda: A.Rotate(180, fill=(10, 200, 90), fill_mask=3, p=1),
+    'grey': lambda: A.ToGray(p=1),
+    'blur': lambda: A.GaussianBlur(p=1), 'blur, sizes': lambda: A.GaussianBlur((3, 9), (0.6, 4), p=1),
+    'hue, saturation, value': lambda: A.HueSaturationValue(p=1), 'hue alone': lambda: A.HueSaturationValue((10, 170), 0, 0, p=1),
+    'jitter': lambda: A.ColorJitter(p=1), 'jitter without hue': lambda: A.ColorJitter((0, 2), (0.1, 1.9), (0, 3), 0, p=1),
+    'resize': lambda: A.Resize(24, 41), 'resize, larger': lambda: A.Resize(64, 64), 'resized crop': lambda: A.RandomResizedCrop((24, 30)),
+    'resized crop, wide': lambda: A.RandomResizedCrop((16, 16), scale=(0.6, 1), ratio=(1, 2.5)),
     'pad only wide': lambda: A.PadIfNeeded(1, 150, border_mode=reflect_101),
 }
 by_name = pytest.mark.parametrize('name', transforms)
 
 
+def fits(t, img): return img.shape[0] == img.shape[1] or not isinstance(t, (A.Transpose, A.RandomRotate90))
 def make(name): return quietly(transforms[name])
 def twin(t): return read_policy(A.Compose([t]))[0]
 
@@ -84,8 +96,20 @@ def as_drawn(t, par, img):
         holes = np.zeros((1, t.num_holes_range[1], 4), int)
         holes[0, :len(par['holes'])] = par['holes']
         return dict(holes=holes)
+    if isinstance(t, A.Erasing): return dict(holes=par['holes'].reshape(1, -1, 4) if len(par['holes']) else np.zeros((1, 1, 4), int))
     if isinstance(t, A.RandomBrightnessContrast):
         return dict(alpha=np.array([par['alpha']]), beta=np.array([par['beta']])/(255 if t.brightness_by_max else img.mean()))
+    if isinstance(t, A.Rotate): return dict(scale=np.ones((1, 2)), shift=np.zeros((1, 2)), rotate=np.rad2deg(np.arctan2(par['matrix'][0, 1], par['matrix'][0, 0]))[None])
+    if isinstance(t, A.GaussianBlur):
+        k = par['kernel']
+        mid = len(k)//2
+        return dict(sigma=np.array([(0.5/np.log(k[mid]/k[mid + 1]))**0.5]), size=np.array([len(k)]))
+    if isinstance(t, A.HueSaturationValue): return {k: np.array([par[f'{k[:3]}_shift']]) for k in ('hue', 'saturation', 'value')}
+    if isinstance(t, A.ColorJitter): return dict(factors=np.array([[par[k] for k in ('brightness', 'contrast', 'saturation', 'hue')]]), order=np.array([par['order']]))
+    if isinstance(t, A.RandomRotate90): return dict(quarters=np.array([par['factor']]))
+    if isinstance(t, A.RandomResizedCrop):
+        x1, y1, x2, y2 = par['crop_coords']
+        return dict(box=np.array([[y1, x1, y2 - y1, x2 - x1]]))
     if isinstance(t, A.RandomCrop): return dict(y=np.array([par['crop_coords'][1]]), x0=np.array([par['crop_coords'][0]]))
     return {}
 
@@ -120,16 +144,45 @@ def test_pixels_equal_albumentations(name, imgs):
     t, diffs = make(name), []
     op = twin(t)
     for i, img in enumerate(imgs):
+        if not fits(t, img): continue
         t.set_random_seed(i)
         ref, x = t(image=img)['image'], torch.from_numpy(img.copy())[None]
         out = op.apply(x, **as_drawn(t, t.params, img))[0].numpy()
         assert (x[0].numpy() == img).all()  # not in place
         assert out.shape == ref.shape and out.dtype == ref.dtype
         diffs.append(abs(out.astype(float) - ref).ravel())
-    diffs = np.concatenate(diffs)
-    if isinstance(t, A.Affine): assert diffs.max() <= 1 and (diffs > 0).mean() < 1e-3
+    each, diffs = diffs, np.concatenate(diffs)
+    if isinstance(t, (A.Affine, A.Rotate)): assert diffs.max() <= 1 and (diffs > 0).mean() < 1e-3
+    elif isinstance(t, (A.Resize, A.RandomResizedCrop)): assert diffs.max() <= 1  # OpenCV computes with 11 bits
+    elif isinstance(t, A.GaussianBlur): assert diffs.max() <= 1 and (diffs > 0).mean() < 1e-3
+    elif isinstance(t, (A.HueSaturationValue, A.ColorJitter)):  # OpenCV cuts floats in blocks of 32 pixels, and rounds them in the rest of a row
+        blocks = np.concatenate([d for d, img in zip(each, imgs) if img.shape[1] == 32])
+        assert blocks.max() <= 1 and (blocks > 0).mean() < 1e-3 and diffs.max() <= (1 if isinstance(t, A.HueSaturationValue) else 5)
     elif 'by mean' in name: assert diffs.max() <= 1
     else: assert diffs.max() == 0
+
+
+masked = {  # besides `transforms`: what becomes of masks
+    'affine, class 3': lambda: A.Affine(**turn(translate_percent=0.2, fill_mask=3)), 'pad, class 5': lambda: A.PadIfNeeded(41, 60, border_mode=constant, fill_mask=5),
+    'holes, class 2': lambda: A.CoarseDropout((1, 4), (2, 9), (1, 20), fill_mask=2, p=1)}
+
+
+@pytest.mark.parametrize('dtype', [np.uint8, np.int64])
+@pytest.mark.parametrize('name', [*transforms, *masked])
+def test_masks_equal_albumentations(name, dtype, imgs):
+    t, n_differing, n = quietly((transforms | masked)[name]), 0, 0
+    op = twin(t)
+    for i, img in enumerate(imgs[::3]):
+        if not fits(t, img): continue
+        t.set_random_seed(i)
+        mask = img[..., 0] // 32
+        out = t(image=img, mask=mask)
+        m = torch.from_numpy(mask.astype(dtype))[None, ..., None]
+        mine = op.apply_mask(m, **as_drawn(t, t.params, img)) if op.marks else m
+        assert (m[0, ..., 0].numpy() == mask).all() and mine.dtype == m.dtype and tuple(mine.shape[1:3]) == out['mask'].shape
+        n_differing, n = n_differing + (mine[0, ..., 0].numpy() != out['mask']).sum(), n + mask.size
+    if isinstance(t, (A.Affine, A.Rotate)): assert n_differing <= n*(0 if int(cv2.__version__[0]) > 4 else 0.005)  # OpenCV 4 rounds coordinates to 1/1024 first
+    else: assert n_differing == 0
 
 
 @pytest.mark.parametrize('name', ['flip', 'subpixel, reflect_101', 'affine, pixels', 'holes in pixels, colour', 'brightness by mean'])
@@ -167,14 +220,18 @@ def p_value(a, b):
     return chi2_contingency(counts).pvalue
 
 
-def albumentations_draws(t, h=32, w=40, n=n_draws):
+def width(t): return 32 if isinstance(t, A.RandomRotate90) else 40
+
+
+def albumentations_draws(t, h=32, n=n_draws):
+    w = width(t)
     img, drawn = np.full((h, w, 3), 100, np.uint8), []
     t.set_random_seed(0)
-    for _ in range(n): drawn.append(as_drawn(t, t.get_params_dependent_on_data(dict(shape=img.shape), dict(image=img)), img))
+    for _ in range(n): drawn.append(as_drawn(t, t.get_params() | t.get_params_dependent_on_data(dict(shape=img.shape), dict(image=img)), img))
     return {k: np.concatenate([d[k] for d in drawn]) for k in drawn[0]}
 
 
-def batch_draws(op, h=32, w=40, n=n_draws): return op.draw(uniforms(item_keys(0, 0, range(n)), op.n), h, w)
+def batch_draws(op, w=40, h=32, n=n_draws): return op.draw(uniforms(item_keys(0, 0, range(n)), op.n), h, w)
 
 
 def least_p(ours, theirs):
@@ -185,22 +242,25 @@ def least_p(ours, theirs):
 
 drawing = ['subpixel, reflect_101', 'subpixel, replicate', 'affine, whole pixels', 'affine, pixels', 'shift scale rotate', 'one hole',
            'holes in pixels, colour', 'holes in parts', 'holes larger than the image', 'brightness', 'brightness by mean',
-           'brightness in a safe range', 'random crop']
+           'brightness in a safe range', 'random crop', 'quarter turns', 'rotate', 'resized crop', 'resized crop, wide', 'blur', 'blur, sizes', 'hue, saturation, value',
+           'hue alone', 'jitter', 'erasing']
 
 
 @pytest.mark.parametrize('name', drawing)
 def test_draws_are_distributed_as_albumentations(name):
     t = make(name)
-    assert least_p(batch_draws(twin(t)), albumentations_draws(t)) > 1e-4
+    assert least_p(batch_draws(twin(t), width(t)), albumentations_draws(t)) > 1e-4
 
 
 @pytest.mark.parametrize('name, wrong', [
     ('subpixel, reflect_101', dict(rotate=(-14, 15))), ('subpixel, reflect_101', dict(scale=((0.8, 1.18),)*2)),
     ('affine, whole pixels', dict(unit='side')), ('affine, whole pixels', dict(keep_ratio=True, scale=((0.8, 1.15),)*2)),
-    ('affine, pixels', dict(shift=((-3, 5), (0, 3)))), ('one hole', dict(heights=(15, 16))),
+    ('affine, pixels', dict(shift=((-3, 5), (0, 3)))), ('one hole', dict(heights=(15, 16))), ('erasing', dict(scale=(0.03, 0.33))), ('erasing', dict(ratio=(0.3, 3))),
     ('holes in pixels, colour', dict(holes=(2, 4))), ('holes in pixels, colour', dict(widths=(1, 19))),
     ('holes in parts', dict(heights=(0.1, 0.39))), ('brightness', dict(contrast=(-0.18, 0.2))),
-    ('brightness in a safe range', dict(safe=False)), ('random crop', dict(width=6))])
+    ('brightness in a safe range', dict(safe=False)), ('random crop', dict(width=6)), ('rotate', dict(rotate=(-68, 20))), ('resized crop', dict(scale=(0.1, 1))),
+    ('resized crop, wide', dict(ratio=(1.1, 2.5))), ('blur', dict(sigma=(0.6, 3))), ('blur, sizes', dict(sizes=(3, 8))), ('hue alone', dict(hue=(10, 165))),
+    ('jitter', dict(saturation=(0.8, 1.18)))])
 def test_the_comparison_sees_a_wrong_range(name, wrong):
     t = make(name)
     assert least_p(batch_draws(replace(twin(t), **wrong)), albumentations_draws(t)) < 1e-6
@@ -209,7 +269,7 @@ def test_the_comparison_sees_a_wrong_range(name, wrong):
 @pytest.mark.parametrize('name', drawing)
 def test_draws_of_one_image_are_independent_where_albumentations_are(name):
     t = make(name)
-    corr = [np.corrcoef([c for c in columns(par).values() if c.std()]) for par in (batch_draws(twin(t)), albumentations_draws(t))]
+    corr = [np.corrcoef([c for c in columns(par).values() if c.std()]) for par in (batch_draws(twin(t), width(t)), albumentations_draws(t))]
     assert corr[0].shape == corr[1].shape and np.abs(corr[0] - corr[1]).max() < 6/n_draws**0.5
 
 
@@ -227,6 +287,32 @@ def test_probabilities_of_policy_and_transforms_multiply(p):
     assert abs(theirs - (hit[0] | hit[1]).mean()) <= 5*0.5/4000**0.5
 
 
+@pytest.mark.parametrize('pipe', [A.OneOf([A.HorizontalFlip(p=0.6), A.VerticalFlip(p=0.2), A.Transpose(p=0)], p=0.7),
+                                  A.SomeOf([A.HorizontalFlip(p=1), A.VerticalFlip(p=0.5), A.Transpose(p=0.8)], n=2, p=0.9)], ids=['OneOf', 'SomeOf'])
+def test_choices_are_as_frequent_as_in_albumentations(pipe):
+    n, img = 8000, np.arange(12, dtype=np.uint8).reshape(2, 2, 3)
+    whole = A.Compose([pipe])
+    whole.set_random_state(np.random.default_rng(0), random.Random(0))
+    theirs = [whole(image=img)['image'].tobytes() for _ in range(n)]
+    ours = [o.tobytes() for o in back(augment(BatchAugment.from_compose(whole), [img]*n, item_keys(0, 0, range(n))))]
+    kinds = sorted({*ours, *theirs})
+    assert len(kinds) > 2 and chi2_contingency([[o.count(k) for k in kinds] for o in (ours, theirs)]).pvalue > 1e-4
+
+
+@pytest.mark.parametrize('t, message', [(A.OneOf([A.Resize(8, 8), A.HorizontalFlip()]), 'Resize in OneOf is for some images only, .* put it outside of OneOf'),
+                                        (A.SomeOf([A.ToTensorV2(), A.HorizontalFlip()], n=1), 'ToTensorV2 in SomeOf is for some images only'),
+                                        (A.OneOf([]), r'OneOf: transforms is \[\], but .* must be at least one: leave it out'),
+                                        (A.SomeOf([AlternatingFlip(), A.VerticalFlip()], n=1), 'must be without AlternatingFlip: use HorizontalFlip in it')])
+def test_choices_without_a_twin_are_refused(t, message):
+    with pytest.raises(ValueError, match=message): BatchAugment.from_compose(A.Compose([t]))
+
+
+def test_masks_move_with_the_choice_of_their_image(photos):
+    pipe = A.Compose([A.OneOf([A.HorizontalFlip(p=1), A.Transpose(p=1)]), A.SomeOf([A.VerticalFlip(p=1), A.RandomRotate90(p=1)], n=1)])
+    x, y = BatchAugment.from_compose(pipe)((batch(photos, item_keys(0, 0, range(128))), TensorMask(torch.from_numpy(photos[..., 0]).long())), split_idx=0)
+    assert (x[:, 0].as_subclass(torch.Tensor) == y.as_subclass(torch.Tensor)).all() and (back(x) != photos).any()
+
+
 def test_chosen_images_are_chosen_apart():
     hit = np.zeros((5, n_draws))
     for row, par in zip(hit, BatchAugment.from_compose(get_policy('reference', SIZE, MEAN)).draw(item_keys(0, 0, range(n_draws)), 32, 32)): row[par['rows']] = 1
@@ -236,32 +322,49 @@ def test_chosen_images_are_chosen_apart():
 
 # --- whole policies
 
+def applied(t, img, mine):
+    "albumentations' own `apply` of the transform `t` to one image, with the batch's draws for it"
+    h, w = img.shape[:2]
+    if isinstance(t, A.Affine):
+        a, mid = np.deg2rad(mine['rotate']), np.array([w - 1, h - 1])/2
+        m = np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])*mine['scale']
+        m = np.r_[np.c_[m, mid + mine['shift'] - m @ mid], [[0, 0, 1]]]
+        return t.apply(img, matrix=m, output_shape=(h, w))
+    if isinstance(t, A.CoarseDropout): return t.apply(img, holes=mine['holes'], seed=0)
+    if isinstance(t, A.RandomBrightnessContrast): return t.apply(img, alpha=mine['alpha'], beta=255*mine['beta'])
+    if isinstance(t, A.RandomCrop): return img[mine['y']:, mine['x0']:][:t.height, :t.width]
+    if isinstance(t, A.RandomRotate90): return t.apply(img, factor=mine['quarters'])
+    return t(image=img, force_apply=True)['image']
+
+
+def one(par, i):
+    "The parameters of image `i`, or None if it is not hit"
+    at = np.flatnonzero(par['rows'] == i)
+    if not len(at): return None
+    if 'drawn' in par: return [one(o, at[0]) for o in par['drawn']]  # of each transform of a choice
+    return {k: v[at[0]] for k, v in par.items() if k != 'rows'}
+
+
+def applied_in(pipe, img, pars):
+    for t, mine in zip(pipe.transforms, pars):
+        if mine is None: continue
+        img = applied_in(t, img, mine) if isinstance(t, A.BaseCompose) else applied(t, img, mine)
+    return img
+
+
 def one_by_one(pipe, op_draws, imgs):
-    "The plain, slow reference: albumentations' own `apply`, image by image, with the batch's draws"
-    outs = []
-    for i, img in enumerate(imgs):
-        for t, par in zip(pipe.transforms, op_draws):
-            if i not in par['rows']: continue
-            mine = {k: v[list(par['rows']).index(i)] for k, v in par.items() if k != 'rows'}
-            h, w = img.shape[:2]
-            if isinstance(t, A.Affine):
-                a, mid = np.deg2rad(mine['rotate']), np.array([w - 1, h - 1])/2
-                m = np.array([[np.cos(a), np.sin(a)], [-np.sin(a), np.cos(a)]])*mine['scale']
-                m = np.r_[np.c_[m, mid + mine['shift'] - m @ mid], [[0, 0, 1]]]
-                img = t.apply(img, matrix=m, output_shape=(h, w))
-            elif isinstance(t, A.CoarseDropout): img = t.apply(img, holes=mine['holes'], seed=0)
-            elif isinstance(t, A.RandomBrightnessContrast): img = t.apply(img, alpha=mine['alpha'], beta=255*mine['beta'])
-            elif isinstance(t, A.RandomCrop): img = img[mine['y']:, mine['x0']:][:t.height, :t.width]
-            else: img = t(image=img, force_apply=True)['image']
-        outs.append(img)
-    return np.stack(outs)
+    "The plain, slow reference: albumentations image by image, with the batch's draws"
+    return np.stack([applied_in(pipe, img, [one(par, i) for par in op_draws]) for i, img in enumerate(imgs)])
 
 
 def pad_crop_flip():
     return A.Compose([A.PadIfNeeded(40, 40, border_mode=reflect_101), A.RandomCrop(32, 32), A.HorizontalFlip(p=0.5)])
 
 
-policies = {**{nm: lambda nm=nm: get_policy(nm, SIZE, MEAN) for nm in POLICIES}, 'pad, crop, flip': pad_crop_flip}
+policies = {**{nm: lambda nm=nm: get_policy(nm, SIZE, MEAN) for nm in POLICIES}, 'pad, crop, flip': pad_crop_flip,
+            'turns': lambda: A.Compose([A.RandomRotate90(p=0.7), A.Transpose(p=0.5), A.ToGray(p=0.2), A.Resize(40, 36), A.RandomCrop(32, 32)]),
+            'one of': lambda: A.Compose([A.OneOf([A.HorizontalFlip(p=1), A.RandomRotate90(p=0.5), A.CoarseDropout(p=2/3), A.RandomBrightnessContrast(p=0.3)], p=0.8), A.VerticalFlip(p=0.5)]),
+            'some of': lambda: A.Compose([A.SomeOf([A.HorizontalFlip(p=1), A.CoarseDropout(p=0.7), A.Transpose(p=0.5), A.OneOf([A.VerticalFlip(p=1), A.ToGray(p=1)], p=0.5)], n=2, p=0.9)])}
 
 
 @pytest.mark.parametrize('name', policies)
@@ -278,7 +381,47 @@ def test_a_batch_is_the_policy_applied_one_by_one(name, layout, photos):
     assert (x == before).all() and out.is_contiguous(memory_format=torch.channels_last) and not hasattr(out, 'keys')
     assert out.data_ptr() != x.data_ptr()
     diff = abs(back(out).astype(int) - ref)
-    assert out.shape == (128, 3, 32, 32) and diff.max() <= 2 and (diff > 0).mean() < 1e-3
+    assert out.shape == (128, 3, 32, 32) and diff.max() <= 2 and (diff > 0).mean() < (0.2 if name == 'turns' else 1e-3)  # OpenCV resizes with 11 bits
+
+
+@pytest.mark.parametrize('name', policies)
+def test_masks_of_a_batch_move_with_its_images(name, photos):
+    "A mask that is a channel of its image stays one: with nearest neighbours as images are, where nothing is interpolated; else it has the pixels of the op alone"
+    pipe, keys = policies[name](), item_keys(3, 1, range(128))
+    if name in ('one of', 'some of'): pytest.skip('of a choice')
+    still = [t for t in pipe.transforms if not isinstance(t, (A.Affine, A.RandomBrightnessContrast, A.CoarseDropout, A.ToGray, A.Resize))]
+    tfm = BatchAugment.from_compose(A.Compose(still))
+    mask = TensorMask(torch.from_numpy(photos[..., 0]))
+    before = mask.clone()
+    x, y = tfm((batch(photos, keys), mask), split_idx=0)
+    assert type(y) is TensorMask and (y == x[:, 0].as_subclass(torch.Tensor)).all() and (mask == before).all()
+    whole = BatchAugment.from_compose(pipe)
+    x, y = whole((batch(photos, keys), mask), split_idx=0)
+    assert (x == whole(batch(photos, keys), split_idx=0)).all() and y.shape == x[:, 0].shape  # masks change no draw
+    ref = torch.from_numpy(photos[..., :1])
+    for op, par in zip(whole.ops, whole.draw(keys, 32, 32)):
+        if op.moves: ref = op.to_rows(ref.clone(), are_masks=True, **par)
+    assert (y == ref[..., 0]).all()
+
+
+def test_masks_in_a_datablock(photos):
+    def image(i): return photos[i]
+    def mask(i): return photos[i][..., 0]
+    def dls(workers, bs=16):
+        set_seed(0)
+        pipe = A.Compose([A.HorizontalFlip(p=0.5), A.PadIfNeeded(40, 40), A.RandomCrop(32, 32)])
+        dblock = DataBlock((ImageBlock, MaskBlock), get_items=lambda _: range(64), get_x=image, get_y=mask, splitter=IndexSplitter(range(8)), batch_tfms=BatchAugment.from_compose(pipe))
+        return dblock.dataloaders(None, bs=bs, num_workers=workers, device='cpu')
+    first, second = ([(x, y) for x, y in dls(0).train] for _ in range(2))
+    for (x, y), (x2, y2), (x3, y3) in zip(first, second, dls(2).train):
+        assert ((255*x[:, 0]).round() == y).all() and (x == x2).all() and (y == y2).all() and (x == x3).all() and (y == y3).all()
+    for x, y in dls(0).valid: assert ((255*x[:, 0]).round() == y).all() and (y[0] == torch.from_numpy(mask(0))).all()
+
+
+def test_masks_of_another_size_are_refused(photos):
+    tfm = BatchAugment.from_compose(A.Compose([A.HorizontalFlip()]))
+    with pytest.raises(ValueError, match=r'the masks are \(128, 16, 32\), but the images \(128, 3, 32, 32\): give both one size with Resize'):
+        tfm((batch(photos), TensorMask(torch.zeros(128, 16, 32))), split_idx=0)
 
 
 def test_both_paths_agree_in_the_mean(photos):
@@ -396,10 +539,12 @@ class MyFlip(A.HorizontalFlip):
 
 
 @pytest.mark.parametrize('make, message', [
-    (lambda: A.GaussNoise(), 'GaussNoise of albumentations.* is not supported on whole batches; supported are: Affine, SubpixelAffine, '),
-    (lambda: A.OneOf([A.HorizontalFlip()]), 'OneOf of albumentations'),
+    (lambda: A.RandomGamma(), 'RandomGamma of albumentations.* is not supported on whole batches; supported are: Affine, SubpixelAffine, '),
+    (lambda: A.OneOrOther(A.HorizontalFlip(), A.VerticalFlip()), 'OneOrOther of albumentations'),
     (lambda: A.Sequential([A.HorizontalFlip()]), 'Sequential of albumentations'),
-    (lambda: A.SomeOf([A.HorizontalFlip()], n=1), 'SomeOf of albumentations'),
+    (lambda: A.RandomOrder([A.HorizontalFlip()], n=1), 'RandomOrder of albumentations'),
+    (lambda: A.OneOf([A.Sequential([A.HorizontalFlip()])]), 'Sequential of albumentations'),
+    (lambda: A.SomeOf([A.HorizontalFlip()], n=1, replace=True), 'SomeOf: replace is True, but'),
     (lambda: A.Compose([A.HorizontalFlip()]), 'Compose of albumentations'),
     (lambda: MyFlip(), f'MyFlip of {__name__} is not supported on whole batches'),
     (lambda: type('Affine', (A.Affine,), {'__module__': 'mine'})(), 'Affine of mine is not supported on whole batches'),
@@ -443,7 +588,7 @@ def test_what_would_scale_training_images_alone_is_refused(t):
 
 
 @pytest.mark.parametrize('make, message', [
-    (lambda: A.Compose([], bbox_params=A.BboxParams('coco')), 'Compose has bbox_params, but only an image and its masks go through'),
+    (lambda: A.Compose([], bbox_params=A.BboxParams('coco')), 'Compose has bbox_params, but only images and their masks go through on whole batches: leave that out, or augment item'),
     (lambda: A.Compose([], keypoint_params=A.KeypointParams('xy')), 'Compose has keypoint_params'),
     (lambda: A.Compose([], additional_targets={'image2': 'image'}), 'additional_targets'),
     (lambda: A.ReplayCompose([]), 'ReplayCompose must be a plain A.Compose'),
@@ -484,7 +629,7 @@ def test_batches_it_cannot_augment_are_refused(x, error, message, as_batch):
     with pytest.raises(error, match=message): BatchAugment([])((x, TensorCategory(1)) if as_batch else x, split_idx=0)
 
 
-in_places = [TensorMask(torch.zeros(128, 32, 32)), TensorPoint(torch.zeros(128, 1, 2)), TensorBBox(torch.zeros(128, 1, 4)),
+in_places = [TensorMask(torch.zeros(128, 3, 32, 32)), TensorPoint(torch.zeros(128, 1, 2)), TensorBBox(torch.zeros(128, 1, 4)),
              TensorImage(torch.zeros(128, 3, 32, 32)), torch.zeros(128, 5, 2)]
 
 
@@ -577,3 +722,49 @@ def test_what_is_no_batch_op_is_refused_with_the_call_that_was_meant(ops):
 @pytest.mark.parametrize('p', [-0.1, 1.1, True, '1', None])
 def test_a_probability_of_no_use(p):
     with pytest.raises(ValueError, match=f'p is {p!r}, but must be (a number, )?0 to 1'): BatchAugment([], p=p)
+
+
+# --- quarter turns and sizes
+
+@pytest.mark.parametrize('t', [A.Transpose(p=0.5), A.RandomRotate90()], ids=lambda t: type(t).__name__)
+def test_quarter_turns_need_square_images(t, photos):
+    oblong = photos[:, :24]
+    with pytest.raises(ValueError, match='exchanges height and width, but the images of a batch are 24x32: put a Resize or a crop to a square before it'):
+        augment(BatchAugment.from_compose(A.Compose([t])), oblong)
+    assert quietly(lambda: augment(BatchAugment.from_compose(A.Compose([A.Resize(32, 32), t])), oblong)).shape == (128, 3, 32, 32)  # the remedy
+
+
+@pytest.mark.parametrize('t, message', [(A.Resize(8, 8, p=0.5), 'Resize: p is 0.5'), (A.RandomResizedCrop((8, 8), p=0.5), 'RandomResizedCrop: p is 0.5'),
+                                        (A.Resize(8, 8, interpolation=cv2.INTER_AREA), 'interpolation is 3, but .* must be cv2.INTER_LINEAR'),
+                                        (A.Rotate(crop_border=True), 'crop_border is True'), (A.ToGray(method='pca'), "method is 'pca'")])
+def test_arguments_without_a_twin_are_refused(t, message):
+    with pytest.raises(ValueError, match=message): BatchAugment.from_compose(A.Compose([t]))
+
+
+# --- noise
+
+def test_noise_is_added_as_albumentations_adds_it(imgs):
+    for i, img in enumerate(imgs[::7]):
+        noise = np.random.default_rng(i).normal(5, 60, img.shape).astype(np.float32)
+        ref = A.GaussNoise(p=1).apply(img, noise_map=noise)
+        assert (_added(torch.from_numpy(img.copy())[None], torch.from_numpy(noise)[None])[0].numpy() == ref).all()
+
+
+@pytest.mark.parametrize('per_channel', [True, False])
+def test_noise_is_distributed_as_albumentations(per_channel):
+    t, grey = A.GaussNoise((0.05, 0.1), (-0.1, 0.1), per_channel=per_channel, p=1), np.full((16, 16, 3), 128, np.uint8)
+    op, n = twin(t), 1500
+    t.set_random_state(np.random.default_rng(0), random.Random(0))
+    theirs = np.stack([t(image=grey)['image'] for _ in range(n)]).astype(float)
+    par = op.draw(uniforms(item_keys(0, 0, range(n)), op.n), 16, 16)
+    ours = op.apply(torch.from_numpy(grey).repeat(n, 1, 1, 1), **par).numpy().astype(float)
+    for f in (lambda x: x.mean((1, 2, 3)), lambda x: x.std((1, 2, 3)), lambda x: x[:, 3, 5, 1], lambda x: x[:, 3, 5, 1] - x[:, 3, 5, 2], lambda x: x[:, 3, 5, 0] - x[:, 4, 5, 0]):
+        a, b = f(ours), f(theirs)
+        assert (a == 0).all() == (b == 0).all() and ks_2samp(a, b).pvalue > 1e-4
+    assert (ours[..., 0] == ours[..., 1]).all() != per_channel
+
+
+def test_noise_depends_on_the_key_alone(photos):
+    tfm, keys = BatchAugment.from_compose(A.Compose([A.GaussNoise(p=0.8), A.GaussianBlur(p=0.5), A.ColorJitter(p=0.5)])), item_keys(0, 0, range(128))
+    whole, few = augment(tfm, photos, keys), augment(tfm, photos[[9, 4, 77]], keys[[9, 4, 77]])
+    assert (whole[[9, 4, 77]] == few).all() and (augment(tfm, photos, item_keys(0, 1, range(128))) != whole).flatten(1).any(1).all()

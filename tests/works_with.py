@@ -291,7 +291,7 @@ def known_options(learner): return inspect.signature(getattr(LEARNERS[learner], 
 
 
 moving = A.Compose([A.HorizontalFlip(p=0.5), A.RandomBrightnessContrast(p=0.8)])
-colours = A.Compose([A.RandomBrightnessContrast(p=0.8)])
+colours, flips = A.Compose([A.RandomBrightnessContrast(p=0.8)]), A.Compose([A.HorizontalFlip(p=0.5)])
 seeds = count()
 
 
@@ -319,14 +319,27 @@ def only_colours(learner, error, **kwargs):
 
 @check('AlbumentationsTransform')
 def check_albumentations(learner, tmp):
-    "`AlbumentationsTransform` in a `DataBlock`: new draws in each epoch, the same with 0 and 2 workers, none in validation; a mask follows its image"
+    "`AlbumentationsTransform` in a `DataBlock`: new draws in each epoch, the same with 0 and 2 workers, none in validation; masks and points follow their images"
     if 'item' not in known_options(learner): return AlbumentationsTransform(moving)(item_of(learner), split_idx=0)
-    if learner in ('points', 'siamese'): return only_colours(learner, TypeError, item=AlbumentationsTransform)
+    if learner == 'siamese': return only_colours(learner, TypeError, item=AlbumentationsTransform)
     check_draws(learner, item=AlbumentationsTransform(moving))
+    if learner == 'points': check_points_move()
+    return check_masks_fit(learner, item=AlbumentationsTransform(flips)) + ', points fit'*(learner == 'points')
+
+
+def check_masks_fit(learner, **kwargs):
+    "The masks of a U-net follow their images; what was checked, in words"
     if learner != 'U-net': return 'the same with 0 and 2 workers'
-    for x, y in new(learner, item=AlbumentationsTransform(A.Compose([A.HorizontalFlip(p=0.5)])), norm=False).dls.train:
+    for x, y in new(learner, norm=False, **kwargs).dls.train:
         assert ((255*x[:, 0]).round() > 128).tolist() == (y == 1).tolist()  # as `mask` makes it
     return 'the same with 0 and 2 workers, masks fit'
+
+
+def check_points_move():
+    "A point is flipped with its image; albumentations counts pixels, so that 0 becomes 31"
+    pipes = None, A.Compose([A.HorizontalFlip(p=1)])
+    (x, y), (flipped, z) = (new('points', item=AlbumentationsTransform(A.Compose([]), pipe)).dls.valid.one_batch() for pipe in pipes)
+    assert (flipped == x.flip(3)).all() and (z - y*torch.tensor([-1, 1]) + torch.tensor([2/32, 0])).abs().max() < 1e-5
 
 
 def item_of(learner):
@@ -340,11 +353,11 @@ refuses('AlbumentationsTransform', TypeError, 'takes a PILImage or a uint8 array
 
 @check('BatchAugment')
 def check_batch_augment(learner, tmp):
-    "`BatchAugment` in a `DataBlock`: new draws in each epoch, the same with 0 and 2 workers, none in validation"
+    "`BatchAugment` in a `DataBlock`: new draws in each epoch, the same with 0 and 2 workers, none in validation; masks follow their images"
     if 'batch' not in known_options(learner): return BatchAugment.from_compose(moving)(new(learner).dls.one_batch(), split_idx=0)
-    if learner in ('U-net', 'points', 'siamese'): return only_colours(learner, TypeError, batch=BatchAugment.from_compose)
+    if learner in ('points', 'siamese'): return only_colours(learner, TypeError, batch=BatchAugment.from_compose)
     check_draws(learner, batch=BatchAugment.from_compose(moving))
-    return 'the same with 0 and 2 workers'
+    return check_masks_fit(learner, batch=BatchAugment.from_compose(flips))
 
 
 refuses('BatchAugment', TypeError, 'takes a TensorImage', *no_images)

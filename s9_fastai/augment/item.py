@@ -7,22 +7,22 @@ __all__ = ['KeyedRandom', 'SubpixelAffine', 'AlternatingFlip', 'AlbumentationsTr
 
 # %% ../../nbs/14_augment.item.ipynb #8d5e0a92
 import random
-from typing import Any
 from copy import deepcopy
 
 import numpy as np, torch
 from PIL import Image
 from fastai.data.core import TfmdDL
-from fastai.vision.core import PILMask
+from fastai.vision.core import PILMask, TensorBBox, TensorPoint
 from fastcore.basics import patch
 from fasttransform import ItemTransform
 
 import albumentations as A, cv2  # after fastai, whose star import would bring another A
 from .keyed import KeyedTransform
 from .keys import ItemKey, item_key
-from .pipelines import (check_kinds, check_pipeline, check_scaling, check_targets, in_places, moving,
-                                 warn_sizes)
+from .pipelines import (check_kinds, check_pipeline, check_points, check_scaling, check_targets,
+                                         in_places, moving, transforms_in, warn_sizes)
 from .pixels import from_uint8, to_uint8
+from .targets import check_params, from_targets, to_targets, with_params
 from ..core.generators import random_kept
 
 # %% ../../nbs/14_augment.item.ipynb #8efe6c2b
@@ -64,7 +64,7 @@ class AlternatingFlip(A.HorizontalFlip):
 class AlbumentationsTransform(KeyedTransform, ItemTransform):
     "Albumentations: `train` on training items, `valid` on all others, drawn afresh for each image in each epoch"
     split_idx, order = None, 2  # after Resize (1), before ToTensor (5)
-    not_saved = ('rng', 'train', 'valid', 'is_compared')  # the draws begin afresh with each item
+    not_saved = ('rng', 'train', 'valid', 'placed', 'is_compared')  # the draws begin afresh with each item
     is_compared = False  # was a training image compared with the same image in validation?
 
     def __init__(self,
@@ -72,8 +72,9 @@ class AlbumentationsTransform(KeyedTransform, ItemTransform):
         valid:A.BaseCompose|None=None, # For validation, test and prediction; None: they stay as they are
     ):
         super().__init__()
-        self.rng = KeyedRandom()
-        self.__setstate__(dict(train=self._adopt(train), valid=self._adopt(valid)))
+        self.rng, pipes = KeyedRandom(), dict(train=train, valid=valid)
+        adopted = {k: self._adopt(pipe) for k, pipe in pipes.items()}
+        self.__setstate__(adopted | dict(placed={k: self._placed(pipe) for k, pipe in adopted.items()}))
         check_scaling(self.train, self.valid)
 
     def __setstate__(self, state):
@@ -98,9 +99,26 @@ def _adopt(self:AlbumentationsTransform, pipe):
     "A checked copy of `pipe` that draws from our generators"
     if pipe is None: return None
     check_pipeline(pipe)
+    check_params(pipe)
     pipe = deepcopy(pipe)
+    if pipe.processors: pipe = with_params(pipe)
     pipe.set_random_state(self.rng.np, self.rng.py)
     return pipe
+
+@patch
+def _placed(self:AlbumentationsTransform, pipe):
+    "The adopted `pipe` for items with points or boxes"
+    if pipe is None or pipe.processors: return pipe
+    pipe = with_params(pipe)
+    pipe.set_random_state(self.rng.np, self.rng.py)
+    return pipe
+
+# %% ../../nbs/14_augment.item.ipynb #dad496c8
+@patch
+def _for(self:AlbumentationsTransform, pipe, data):
+    "`pipe`, in the form that takes the targets of `data`"
+    if 'bboxes' not in data and 'keypoints' not in data: return pipe
+    return self.placed['train' if pipe is self.train else 'valid']
 
 # %% ../../nbs/14_augment.item.ipynb #b8f93476
 _one_size = ('end valid with A.Resize({h}, {w}), or train with A.Resize({h2}, {w2}); '
@@ -109,38 +127,57 @@ _one_size = ('end valid with A.Resize({h}, {w}), or train with A.Resize({h2}, {w
 @patch
 def _compare(self:AlbumentationsTransform, data, train):
     "Compare an image as it comes out in training with what it would be in validation"
-    valid = data['image'] if self.valid is None else deepcopy(self.valid)(**data)['image']
+    valid = data['image'] if self.valid is None else deepcopy(self._for(self.valid, data))(**data)['image']
     train, valid = (o.permute(1, 2, 0).numpy() if isinstance(o, torch.Tensor) else o for o in (train, valid))
     check_kinds(train, valid)
     if self.valid is None or self.valid.transforms: warn_sizes(train.shape[:2], valid.shape[:2], _one_size)
     self.is_compared = True
 
 # %% ../../nbs/14_augment.item.ipynb #2417f95e
+def _kinds(pipe, ys):
+    "Which targets among `ys` the pipeline can change, for `to_targets`: a dropout may drop a box, but no point"
+    if not any(isinstance(y, TensorPoint) for y in ys): return dict(points=False, boxes=False)
+    colours = all(isinstance(t, (A.ImageOnlyTransform, A.ToTensorV2)) for t, _ in transforms_in(pipe))
+    return dict(points=bool(moving(pipe)), boxes=not colours)
+
 @patch
-def _image(self:AlbumentationsTransform, pipe, img, masks=()):
-    "`img` and its `masks` through `pipe`"
-    data:dict[str, Any] = dict(image=to_uint8(img))
-    if masks: data['masks'] = [to_uint8(o) for o in masks]
-    out = pipe(**data)
+def _image(self:AlbumentationsTransform, pipe, img, ys=()):
+    "`img` and its targets `ys` through `pipe`"
+    x = to_uint8(img)
+    data = dict(image=x) | to_targets(ys, *x.shape[:2], **_kinds(pipe, ys))
+    out = self._for(pipe, data)(**data)
     if pipe is self.train and not self.is_compared: self._compare(data, out['image'])
-    moved = [from_uint8(np.asarray(new), o) for new, o in zip(out.get('masks', []), masks)]
-    return from_uint8(out['image'], img), moved
+    return from_uint8(out['image'], img), from_targets(out, ys)
 
 # %% ../../nbs/14_augment.item.ipynb #ef1588e1
 def _is_image(o): return isinstance(o, Image.Image) or isinstance(o, np.ndarray) and o.ndim > 1
 
 @patch
-def _item(self:AlbumentationsTransform, pipe, x):
-    "The whole item `x`: its image, or each of a tuple of images, and the masks of its image"
-    img, *rest = x
-    inputs = [o for o in img if _is_image(o)] if isinstance(img, tuple) else []
-    masks = [] if inputs else [y for y in rest if isinstance(y, PILMask)]
-    fixed = [y for y in (*inputs[1:], *rest) if in_places(y) and (inputs or not isinstance(y, PILMask))]
+def _check_fixed(self:AlbumentationsTransform, pipe, ys, moved=()):
+    "TypeError if one of the targets `ys`, none of the types `moved`, would not move with its image"
+    fixed = [y for y in ys if in_places(y) and not isinstance(y, moved)]
     if fixed: check_targets(type(self).__name__, moving(pipe), fixed)
-    if inputs: img = type(img)([self._image(pipe, o)[0] if _is_image(o) else o for o in img])
-    else: img, masks = self._image(pipe, img, masks)
-    masks = iter(masks)
-    return type(x)((img, *(next(masks, y) if isinstance(y, PILMask) else y for y in rest)))
+
+@patch
+def _check_moved(self:AlbumentationsTransform, pipe, ys):
+    "As `_check_fixed`, for points and boxes, which some transforms cannot move"
+    for y in (y for y in ys if isinstance(y, TensorPoint)):
+        are_boxes = isinstance(y, TensorBBox)
+        check_targets(type(self).__name__, moving(pipe, without='bboxes' if are_boxes else 'keypoints'), [y])
+        if not are_boxes: check_points(pipe)
+
+@patch
+def _item(self:AlbumentationsTransform, pipe, x):
+    "The whole item `x`: its image with its targets, or each of a tuple of images"
+    img, *ys = x
+    inputs = [o for o in img if _is_image(o)] if isinstance(img, tuple) else []
+    if inputs:
+        self._check_fixed(pipe, (*inputs[1:], *ys))
+        return type(x)((type(img)([self._image(pipe, o)[0] if _is_image(o) else o for o in img]), *ys))
+    self._check_fixed(pipe, ys, (PILMask, TensorPoint))
+    self._check_moved(pipe, ys)
+    img, ys = self._image(pipe, img, ys)
+    return type(x)((img, *ys))
 
 # %% ../../nbs/14_augment.item.ipynb #412c7909
 @patch
