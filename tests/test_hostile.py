@@ -106,6 +106,8 @@ ALLOWED = {  # a module, and what it may call
     'cifar.png': ('open load', 'of bytes'),
     'cifar.download': ('open', 'files that it writes'),
     'data.images': ('open', 'of bytes'),
+    'data.items': ('open', 'a file that it writes'),
+    'data.tables': ('read_csv', 'of bytes'),
     'report.plots': ('read_csv', 'of bytes'),
     'resume.learner': ('read_text', 'the file of a CSVLogger, which is open'),
     **{k: ('load', 'of `TeacherLogits`') for k in ('app.teacher', 'app.training')},

@@ -438,7 +438,7 @@ def fit(spec, folder, seed, at=None, how=None):
 def one_message(e):
     "The message of an error, without what is different in each run"
     text = re.sub(r'Exception occured in .*?:\s*', '', ' '.join(str(e).split()))
-    return re.sub(r'/\S*/(?=\d\d-|run)', '', text)
+    return re.sub(rf'{re.escape(tempfile.gettempdir())}/\S*/[a-z ]*(run/checkpoints/)?(?=\d\d-|run)', '', text)
 
 
 def bits(learn, folder):

@@ -41,8 +41,8 @@ def _columns(data, names):
     given = [k for k, v in names.items() if v is not None]
     if not given: return None
     if Path(data).expanduser().is_dir():
-        raise ValueError(f'{given[0]} is {names[given[0]]!r}, but {shown(data)} is a folder, which has no columns: leave '
-                         'it out')
+        raise ValueError(f'{given[0]} is {names[given[0]]!r}, but {shown(data)} is a folder, which has no columns: '
+                         'leave it out')
     from s9_fastai.data.tables import Columns  # here, since it loads pandas
     return Columns(**names)
 
@@ -51,10 +51,10 @@ def recipe_dls(
     recipe:Recipe, # Its fields for images and loaders
     skip_bad:bool=False, # Leave image files out that cannot be read? Else they are an error
     classes=None, # Text file with a class on each line; None: sorted
-    files:str|None=None, # Here and below as for `Columns`
-    labels:str|None=None,
-    split:str|None=None,
-    delim:str|None=None,
+    files:str|None=None, # As for `Columns`
+    labels:str|None=None, # As for `Columns`
+    split:str|None=None, # As for `Columns`
+    delim:str|None=None, # As for `Columns`
     **kwargs # Of both loaders: `seed`, `num_workers`, `device`, `cache_dir`
 )->DataLoaders:
     "The `DataLoaders` of `recipe` on `data`; errors as `cifar_dls` and `image_dls`"

@@ -51,7 +51,8 @@ def _places(o):
         yield from ((f'global {k}', space, k) for k in names)
     left_out = not_saved(o)
     for c in classes:
-        yield from ((f'class {c.__name__}.{k}', c, k) for k, v in vars(c).items() if k not in left_out and _is_state(k, v))
+        names = [k for k, v in vars(c).items() if k not in left_out and _is_state(k, v)]
+        yield from ((f'class {c.__name__}.{k}', c, k) for k in names)
 
 def shared(
     o, # Any object
