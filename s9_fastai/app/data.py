@@ -12,26 +12,39 @@ from fastai.data.core import DataLoaders
 
 from .recipe import Recipe
 from ..cifar.facts import SIZE
+from ..cifar.hundred import cifar100_data, cifar100_root
 from ..cifar.layouts import is_cifar10
 from ..cifar.loaders import cifar_dls
 from ..core.text import shown
+from ..data.arrays import split_dls
 from ..data.loaders import image_dls
+from ..data.memory import idx_files, memory_data, read_idx
 
-# %% ../../nbs/72_app.data.ipynb #975f6787
+# %% ../../nbs/72_app.data.ipynb #c66fa545
 def _is_cifar(path):
     if path is None or str(path) == 'sample': return True
     path = Path(path).expanduser()
     return is_cifar10(path) if path.is_dir() else path.suffix.lower() not in ('.csv', '.tsv', '.parquet')
 
-# %% ../../nbs/72_app.data.ipynb #a090396d
-def _check_cifar(recipe, options):
-    "A ValueError for fields of `recipe` and for `options` that CIFAR-10 has no use for"
-    fields = {k: getattr(recipe, k) for k in ('size', 'channels', 'resize', 'valid_pct')}
-    given = {k: v for k, v in fields.items() if v != getattr(Recipe(), k) and (k, v) != ('size', SIZE)}
+def _arrays(path, **how):
+    "The `ArrayData` of CIFAR-100, or of a data set like MNIST, in the folder `path`; None where there is none"
+    path = Path(path).expanduser()
+    if not path.is_dir(): return None
+    if files := idx_files(path):
+        x, y, *valid = map(read_idx, files)
+        return memory_data((x, y), valid, source=str(path.absolute()), **how)
+    root = cifar100_root(path)
+    return cifar100_data(root, **how) if root else None
+
+# %% ../../nbs/72_app.data.ipynb #e9dfbd14
+_of_files = ('valid_pct',)  # fields of a recipe for image files alone
+_of_cifar = ('size', 'channels', 'resize', *_of_files)
+
+def _refuse(recipe, names, options, what):
+    "A ValueError for a field of `recipe` in `names`, or for one of `options`, that has another value than its default"
+    given = {k: v for k in names if (v := getattr(recipe, k)) != getattr(Recipe(), k) and (k, v) != ('size', SIZE)}
     given |= {k: v for k, v in options.items() if v is not None}
-    for k, v in given.items():
-        raise ValueError(f'{k} is {v!r}, but the images are those of CIFAR-10, {SIZE}x{SIZE} pixels in colour with '
-                         'a test set: leave it out')
+    for k, v in given.items(): raise ValueError(f'{k} is {v!r}, but the images are those of {what}: leave it out')
 
 # %% ../../nbs/72_app.data.ipynb #d768f34b
 _size = 64  # of images from files, pixels, if the recipe has none
@@ -60,9 +73,13 @@ def recipe_dls(
     "The `DataLoaders` of `recipe` on `data`; errors as `cifar_dls` and `image_dls`"
     own = {k: getattr(recipe, k) for k in ('bs', 'policy', 'augment', 'held_out')} | kwargs
     columns = dict(files=files, labels=labels, split=split, delim=delim)
+    options = dict(skip_bad=skip_bad or None, classes=classes, **columns)
     if _is_cifar(data):
-        _check_cifar(recipe, dict(skip_bad=skip_bad or None, classes=classes, **columns))
+        _refuse(recipe, _of_cifar, options, 'CIFAR-10, 32x32 pixels in colour with a test set')
         return cifar_dls(data, **own)
-    shape = dict(size=recipe.size or _size, resize=recipe.resize, channels=recipe.channels)
-    return image_dls(data, **shape, valid_pct=recipe.valid_pct, skip_bad=skip_bad, classes=classes,
-                     columns=_columns(data, columns), **own)
+    shape = dict(resize=recipe.resize, channels=recipe.channels)
+    if (arrays := _arrays(data, size=recipe.size, **shape)) is not None:
+        _refuse(recipe, _of_files, options, 'a data set with a test set')
+        return split_dls(arrays, **{k: v for k, v in own.items() if k != 'cache_dir'})
+    return image_dls(data, size=recipe.size or _size, **shape, valid_pct=recipe.valid_pct, skip_bad=skip_bad,
+                     classes=classes, columns=_columns(data, columns), **own)

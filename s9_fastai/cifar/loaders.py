@@ -15,15 +15,10 @@ from .facts import Cifar10
 from .load import load_cifar
 from .readers import array_data
 from ..core.environment import get_device
-from ..data.arrays import array_block, array_dls, check_loading
+from ..data.arrays import array_block, check_loading, split_dls
 from ..data.loader import hold_out
 
 # %% ../../nbs/49_cifar.loaders.ipynb #2721b433
-def _validation(data, held_out):
-    "Numbers of the validation images"
-    n, total = len(data.train.labels), len(data.train.labels) + len(data.test.labels)
-    return hold_out(data.train.labels, held_out) if held_out else range(n, total)
-
 @delegates(augmentation)
 def cifar_block(
     data:Cifar10, # From `load_cifar`
@@ -32,7 +27,9 @@ def cifar_block(
     **kwargs
 )->DataBlock: # Its source: indices into `data`, without the test images if some are held out
     "The `DataBlock` of CIFAR-10: training images go through `augmentation`, the test images are the validation set"
-    return array_block(array_data(data), _validation(data, held_out), *args, **kwargs)
+    n, total = len(data.train.labels), len(data.train.labels) + len(data.test.labels)
+    valid = hold_out(data.train.labels, held_out) if held_out else range(n, total)
+    return array_block(array_data(data), valid, *args, **kwargs)
 
 # %% ../../nbs/49_cifar.loaders.ipynb #287acb8e
 @delegates(augmentation)
@@ -50,6 +47,4 @@ def cifar_dls(
     `seed`, and as `augmentation`, `hold_out` and `get_device`"""
     check_loading(bs, num_workers, seed)  # before the images are read
     device, data = get_device(device), load_cifar(path, cache_dir=cache_dir)
-    items = range(len(data.train.labels) + (0 if held_out else len(data.test.labels)))
-    return array_dls(array_data(data), _validation(data, held_out), bs, seed, num_workers, device, items, held_out,
-                     **kwargs)
+    return split_dls(array_data(data), bs, held_out, seed=seed, num_workers=num_workers, device=device, **kwargs)
