@@ -16,7 +16,7 @@ from fastcore.net import urlopen
 from fastdownload.core import checks_module, path_stats, read_checks
 from fastprogress.fastprogress import progress_bar
 
-from .archives import check_python
+from ..core.archives import check_python
 from .layouts import read_source
 from ..core.files import remove_abandoned
 from ..core.text import one_line, show_bars, shown
