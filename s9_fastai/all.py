@@ -41,7 +41,9 @@ from s9_fastai.training.muon import *
 from s9_fastai.training.ema import *
 from s9_fastai.training.distill import *
 from s9_fastai.training.record import *
+from s9_fastai.training.balance import *
 from s9_fastai.training.guards import *
+from s9_fastai.training.metrics import *
 from s9_fastai.training.freeze import *
 from s9_fastai.resume.state import *
 from s9_fastai.resume.saved import *

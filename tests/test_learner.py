@@ -638,11 +638,9 @@ def test_loaders_without_classes_are_refused():
 
 
 noise = [  # what is wrong, the loaders, the message, and the loaders or arguments that the message advises
-    ('small images', {}, r'shape \[8, 3, 16, 16\], but net takes one batch of images \(B, C, H, W\) with H and W at least 24: make them larger, with item_tfms=Resize\(32\)', dict(item_tfms=Resize(32)), {}),
+    ('small images', {}, r'shape \[8, 3, 16, 16\], but net takes one batch of images \(B, C, H, W\) with H and W at least 24: make them larger, with size=32 or item_tfms=Resize\(32\)', dict(item_tfms=Resize(32)), {}),
     ('images of whole numbers', dict(x=TransformBlock(type_tfms=PILImage.create, item_tfms=ToTensor)), r'the images are uint8, but net takes float32: add IntToFloatTensor\(\)',
      dict(x=TransformBlock(type_tfms=PILImage.create, item_tfms=ToTensor), batch_tfms=IntToFloatTensor()), {}),
-    ('several labels an image', dict(y=MultiCategoryBlock, get_y=lambda p: [p.parent.name]), r"labels are float32 of shape \[8, 3\].*cross entropy takes one of 3 classes.*give another loss_func",
-     dict(y=MultiCategoryBlock, get_y=lambda p: [p.parent.name]), dict(loss_func=BCEWithLogitsLossFlat(), metrics=accuracy_multi)),
     ('numbers as labels', dict(y=RegressionBlock, get_y=lambda p: float(p.parent.name[-1])), r"labels are float32 of shape \[8\].*give another loss_func",
      dict(y=RegressionBlock, get_y=lambda p: float(p.parent.name[-1])), dict(loss_func=MSELossFlat(), metrics=rmse))]
 

@@ -15,7 +15,7 @@ from fastai.callback import hook, progress  # their imports give every Learner i
 from fastai.callback.tracker import ReduceLROnPlateau
 from fastai.data.core import DataLoaders
 from fastai.learner import Learner
-from fastai.metrics import accuracy
+from fastai.metrics import accuracy, accuracy_multi
 from fastcore.foundation import L
 from torch import nn
 
@@ -23,7 +23,8 @@ from ..resume.checkpoint import Checkpoint
 from ..training.guards import FiniteLoss, NoNormDecay
 from ..core.paths import given_path
 from ..training.distill import TeacherLogits
-from .inputs import check_batches, check_inputs, check_outputs, n_outputs
+from .inputs import check_batches, check_inputs, check_outputs, class_counts, n_outputs, several_labels
+from ..training.metrics import MacroF1, MeanRecall
 from ..training.record import EpochRecorder, RunLog
 from ..training.schedule import sets_rate
 from ..data.source import image_source
@@ -42,6 +43,11 @@ def _check_call(dls, kwargs, run_dir, save_every, force):
     if run_dir is None and (save_every is not None or force):
         raise ValueError(f'save_every is {save_every} and force is {force}, but there is no run to save or to '
                          'resume: give a run_dir')
+
+def _check_loss(recipe, kwargs):
+    if not recipe.balance or 'loss_func' not in kwargs: return
+    raise ValueError(f'balance is {recipe.balance}, and there is a loss_func of your own, which it would replace in '
+                     'training: give the weights to your loss, and set balance=0')
 
 def _check_rates(recipe, cbs):
     for cb in L(cbs) if recipe.sched != 'none' else ():
@@ -112,14 +118,30 @@ def _network(dls, recipe, model, pretrained, run_dir, own_loss):
     return _pretrained_net(recipe, dls)
 
 # %% ../../nbs/73_app.learner.ipynb #0de1e4ac
-def _arguments(recipe):
+_imbalance = 1.5  # as of `ImageReport.imbalance`, from which on the means over the classes have columns
+
+def _metrics(dls, recipe, is_multi):
+    "The metrics of a Learner without others"
+    if is_multi: return [accuracy_multi, MacroF1()]
+    report = getattr(image_source(dls), 'report', None)
+    is_uneven = recipe.balance > 0 or report is not None and report.imbalance() >= _imbalance
+    return [accuracy, MeanRecall(), MacroF1()] if is_uneven else [accuracy]
+
+def _arguments(dls, recipe, is_multi):
     "Arguments of `Learner`"
-    own = dict(loss_func=recipe.loss_func(), opt_func=recipe.opt_func(), lr=recipe.lr, wd=recipe.wd, metrics=accuracy)
+    own = dict(loss_func=recipe.loss_func(is_multi), opt_func=recipe.opt_func(), lr=recipe.lr, wd=recipe.wd,
+               metrics=_metrics(dls, recipe, is_multi))
     return own | recipe.freeze_args()
+
+# %% ../../nbs/73_app.learner.ipynb #a7663d39
+def _balance_cbs(dls, recipe, is_multi):
+    "Callbacks of `balance`; errors as `class_counts` and `balance_weights`"
+    return recipe.balance_cbs(lambda: class_counts(dls), len(dls.train_ds) if is_multi else None)
 
 # %% ../../nbs/73_app.learner.ipynb #38d82414
 def s9_learner(
-    dls:DataLoaders, # From `cifar_dls`, or others of images with classes, of 24 pixels or more; with a `model`, any
+    # From `cifar_dls`, or others of images with classes, one or several each, of 24 pixels or more; with a `model`, any
+    dls:DataLoaders,
     recipe='stated', # Name of a recipe, or a `Recipe`; its `bs`, `policy`, `augment` and `held_out` are for `cifar_dls`
     run_dir=None, # Folder for log, history and checkpoints of a new run or one to resume; None: none are written
     save_every:int|None=None, # Save a checkpoint after so many batches too; None: after each epoch
@@ -131,16 +153,20 @@ def s9_learner(
 )->Learner:
     "A `Learner` that follows `recipe` on `dls`: `learn.fit(100)` is the experiment, or the rest of it"
     recipe = get_recipe(recipe)
-    _check_call(dls, kwargs, run_dir, save_every, force), _check_rates(recipe, kwargs.get('cbs'))
+    _check_call(dls, kwargs, run_dir, save_every, force)
+    _check_rates(recipe, kwargs.get('cbs')), _check_loss(recipe, kwargs)
     if run_dir is not None: run_dir = given_path(run_dir, 'run_dir')
-    net = _network(dls, recipe, model, pretrained, run_dir, 'loss_func' in kwargs)
+    own_loss, is_multi = 'loss_func' in kwargs, several_labels(dls)
+    if not own_loss: recipe.check_labels(is_multi)
+    net = _network(dls, recipe, model, pretrained, run_dir, own_loss)
     check_batches(dls, net)
     _warn_of_loaders(dls, recipe)
-    learn = Learner(dls, net, **{**_arguments(recipe), **kwargs})
+    learn = Learner(dls, net, **{**_arguments(dls, recipe, is_multi), **kwargs})
     if recipe.compute == 'fast': learn.to_fast()
     learn.recipe = recipe
     learn.remove_cb(learn.recorder)
-    more = [*recipe.scheduler(), *recipe.distill_cbs(dls, teacher_logits), *recipe.ema_cbs(), *recipe.freeze_cbs()]
+    more = [*recipe.scheduler(), *_balance_cbs(dls, recipe, is_multi), *recipe.distill_cbs(dls, teacher_logits),
+            *recipe.ema_cbs(), *recipe.freeze_cbs()]
     if any(isinstance(m, nn.GroupNorm) for m in net.modules()): more.append(NoNormDecay())
     if run_dir is not None: more += [Checkpoint(run_dir, save_every, force), RunLog(run_dir)]
     return learn.add_cbs([EpochRecorder(), FiniteLoss(), *more])

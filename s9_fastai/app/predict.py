@@ -59,12 +59,14 @@ def probabilities(self:Predictor,
     images:list, # Arrays from `pixels`
     bs:int=256, # Images at a time
 )->list: # A dictionary for each image: probabilities by class name
-    "Softmax of the network's logits, averaged over each image and its mirror image"
+    """Softmax of the network's logits, averaged over each image and its mirror image; the sigmoid where an image can
+    have several classes"""
     import numpy as np, torch
     batches = [images[i:i+bs] for i in range(0, len(images), bs)]
     with torch.inference_mode():
         logits = [self.net(self.spec.batch(np.stack(o))) for o in batches]
-    return [dict(zip(self.spec.classes, p)) for o in logits for p in o.softmax(1).tolist()]
+    found = [o.sigmoid() if self.spec.is_multi else o.softmax(1) for o in logits]
+    return [dict(zip(self.spec.classes, p)) for o in found for p in o.tolist()]
 
 # %% ../../nbs/79_app.predict.ipynb #00a02fd2
 def class_probabilities(
@@ -99,10 +101,18 @@ def _read_images(images, run):
     if not pairs: raise BadInput(f'none of these {len(errors)} can be read: give image files')
     return predictor, pairs, errors
 
+# %% ../../nbs/79_app.predict.ipynb #eb18e66b
+def _best_text(probs, top, is_multi):
+    "The classes that are printed for one image, with their probabilities"
+    ordered = sorted(probs.items(), key=lambda o: -o[1])
+    above = [o for o in ordered if is_multi and o[1] > 0.5]
+    text = ', '.join(f'{shown(c)} {p:.1%}' for c, p in above or ordered[:top])
+    return f'none above 50%: {text}' if is_multi and not above else text
+
 # %% ../../nbs/79_app.predict.ipynb #83f273ae
 def s9_predict(
     *images:str, # Image files of any usual format and size, or folders of them; the middle square is used
-    top:int=3, # Classes to print for each image, 1 or more
+    top:int=3, # Classes to print for each image, 1 or more; of several labels those above 50%, or this many if none is
     run:str=None, # Folder of a finished run of s9_train; default: the weights in the package
 ): # Probabilities of each image, by class name
     "Classify images into the ten classes of CIFAR-10, with the weights of a run or those in the package"
@@ -113,8 +123,7 @@ def s9_predict(
     if top > n: raise BadInput(f'top is {top}, but must be 1 to {n}, the number of classes')
     found = predictor.probabilities([x for _, x in pairs])
     for (name, _), probs in zip(pairs, found):
-        best = sorted(probs.items(), key=lambda o: -o[1])[:top]
-        print(f'{shown(name)}: ' + ', '.join(f'{shown(c)} {p:.1%}' for c, p in best))
+        print(f'{shown(name)}: {_best_text(probs, top, predictor.spec.is_multi)}')
     if errors: raise RunFailed(f'{len(errors)} of {len(errors) + len(pairs)} images could not be read: see above')
     return found
 

@@ -7,6 +7,7 @@ __all__ = ['CHOICES', 'RECIPES', 'Recipe', 'field_values', 'get_recipe']
 
 # %% ../../nbs/71_app.recipe.ipynb #25b7debc
 import inspect
+from collections.abc import Callable
 from dataclasses import fields, replace
 from functools import partial
 from typing import Annotated, Any
@@ -14,9 +15,9 @@ from typing import Annotated, Any
 from annotated_types import Interval
 from fastai.callback.schedule import Learner
 from fastai.data.core import DataLoaders
-from fastai.losses import CrossEntropyLossFlat
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastcore.basics import patch
-from torch import nn
+from torch import Tensor, nn
 
 from .checked import checked, field_range
 from ..augment.policies import AUGMENTS, POLICIES, check_augmentation
@@ -30,6 +31,7 @@ from ..core.text import listed
 from ..nets.build import build_net, empty_net
 from ..nets.net import NORMS, Net
 from .teacher import packaged_logits
+from ..training.balance import TrainingLoss, balance_weights
 from ..training.distill import TeacherLogits, Distill, check_logits
 from ..training.ema import EMA
 from ..training.fast import FastSGD
@@ -78,6 +80,8 @@ class Recipe:
     opt:str = 'sgd'  # Optimizer
     wd:Annotated[float, Interval(ge=0, lt=1000)] = 0.  # Decoupled weight decay, not for norms and biases
     label_smoothing:Annotated[float, FRACTION] = 0.  # Label smoothing, in validation losses too
+    # Weights of classes in the training loss, from 0 for none to 1 for equal shares of all classes
+    balance:Annotated[float, Interval(ge=0, le=1)] = 0.
     distill:Annotated[float, FRACTION] = 0.  # Weight of the distillation loss, 0 for no teacher
     ema:Annotated[float, Interval(ge=0, lt=0.5)] = 0.  # EMA horizon as a fraction of training, 0 for no EMA
     sched:str = _default(lr_scheduler, 'mode')  # Learning-rate schedule
@@ -123,9 +127,35 @@ def opt_func(self:Recipe): # For `Learner`
 
 # %% ../../nbs/71_app.recipe.ipynb #5eed5abe
 @patch
-def loss_func(self:Recipe):
-    "Cross entropy with the label smoothing"
-    return CrossEntropyLossFlat(label_smoothing=self.label_smoothing)
+def loss_func(self:Recipe,
+    is_multi:bool=False, # Can an image have several labels?
+    weights:Tensor|None=None, # From `balance_weights`; None: all are equal
+):
+    "Cross entropy with the label smoothing, or the binary one for several labels"
+    if is_multi: return BCEWithLogitsLossFlat(pos_weight=weights)
+    return CrossEntropyLossFlat(label_smoothing=self.label_smoothing, weight=weights)
+
+# %% ../../nbs/71_app.recipe.ipynb #d34ddf42
+@patch
+def check_labels(self:Recipe,
+    is_multi:bool, # Can an image have several labels?
+):
+    "A ValueError for a field that is for one label an image"
+    for nm in ('label_smoothing', 'distill') if is_multi else ():
+        if v := getattr(self, nm):
+            raise ValueError(f'{nm} is {v}, but an image can have several labels here, and {nm} is for one label an '
+                             f'image: set {nm}=0')
+
+# %% ../../nbs/71_app.recipe.ipynb #47645e53
+@patch
+def balance_cbs(self:Recipe,
+    counts:Callable, # Returns the number of training images by class; called if there are weights
+    n_images:int|None=None, # Number of training images, where one can have several labels; None: each has one
+)->list:
+    "`TrainingLoss` with the weights of the classes, unless `balance` is 0; errors as `balance_weights`"
+    if not self.balance: return []
+    weights = balance_weights(counts(), self.balance, n_images)
+    return [TrainingLoss(self.loss_func(n_images is not None, weights))]
 
 # %% ../../nbs/71_app.recipe.ipynb #87ac8b5a
 @patch

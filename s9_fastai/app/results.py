@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['REACHED', 'print_epoch', 'replace_changed', 'finish', 'next_step', 'is_input_error', 'resume_errors', 'opening_line',
-           'epochs_text', 'closing_lines']
+           'epochs_text', 'result_lines', 'closing_lines']
 
 # %% ../../nbs/76_app.results.ipynb #66722601
 import json
@@ -15,6 +15,7 @@ from tempfile import TemporaryDirectory
 
 from .command import BadInput, RunFailed, plain_message, shell_command
 from .folder import OpenFolder
+from .inputs import class_counts
 from ..core.files import read_input, replacing
 from ..core.signals import Stopped
 from ..core.text import shown
@@ -56,7 +57,8 @@ def finish(
         architecture = recipe.architecture(len(spec.classes), len(spec.mean), spec.size)
         save_net(learn.model, tmp/'weights.safetensors', architecture, spec, recipe=json.dumps(asdict(recipe)))
         plot_curves(run_dir/'history.csv', tmp/'curves.png', learn.recorder.lrs)
-        with learn.no_bar(): plot_misclassified(learn, path=tmp/'misclassified.png')
+        if not spec.is_multi:
+            with learn.no_bar(): plot_misclassified(learn, path=tmp/'misclassified.png')
         return [f.name for f in sorted(tmp.iterdir()) if replace_changed(f, run_dir/f.name)]
 
 # %% ../../nbs/76_app.results.ipynb #259f8555
@@ -108,17 +110,36 @@ def epochs_text(
     "`n` with its noun"
     return f'{n} epoch{"s"*(n != 1)}'
 
+# %% ../../nbs/76_app.results.ipynb #2432df55
+def _several_text(row, dls, epochs):
+    "Macro F1, and the share of labels that are right"
+    absent = 1 - sum(class_counts(dls, 1).values())/len(dls.valid_ds)/len(dls.vocab)
+    return [f'macro F1 {row["valid_macro_f1"]:.2%} on the validation images after {epochs}',
+            f'{row["valid_accuracy_multi"]:.2%} of their labels are right; predicting none gives {absent:.2%}',
+            'misclassified.png is left out: it is for one label an image']
+
+def result_lines(
+    learn, # A trained `Learner`
+)->list: # Of texts
+    "What the validation metrics are, and what to compare them with"
+    row, dls = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1])), learn.dls
+    epochs = epochs_text(learn.recipe.epochs)
+    if dls.source.spec.is_multi: return _several_text(row, dls, epochs)
+    own = 'validation' if dls.source.report else 'test'
+    images = 'held-out' if learn.recipe.held_out else own
+    lines = [f'{images} accuracy {row["valid_accuracy"]:.2%} after {epochs}; guessing one of {len(dls.vocab)} classes '
+             f'gives {1/len(dls.vocab):.0%}']
+    if 'valid_macro_f1' in row:
+        lines.append(f'balanced accuracy {row["valid_balanced_accuracy"]:.2%}, macro F1 {row["valid_macro_f1"]:.2%}')
+    return lines
+
 # %% ../../nbs/76_app.results.ipynb #640f5c96
 def closing_lines(
     learn, # A trained `Learner`
     run_dir:Path, # Its run folder
 )->list: # Of texts
-    "The accuracy, what to compare it with, and the next commands"
-    acc = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))['valid_accuracy']
-    own, classes = 'validation' if learn.dls.source.report else 'test', len(learn.dls.vocab)
-    images = 'held-out' if learn.recipe.held_out else own
-    lines = [f'{images} accuracy {acc:.2%} after {epochs_text(learn.recipe.epochs)}; guessing one of {classes} classes '
-             f'gives {1/classes:.0%}']
+    "The result, what to compare it with, and the next commands"
+    lines = result_lines(learn)
     if learn.dls.source.path == 'sample':
         reached = ' and '.join(f'{nm} gives {v}%' for nm, v in REACHED.items())
         lines += [f'that was with {len(learn.dls.train_ds):,} training images, a sample of the 50,000 of CIFAR-10',

@@ -40,12 +40,13 @@ def run_dls(
     recipe:Recipe, # Its fields for images and loaders
     options:RunOptions, # Seed, workers, threads, device, and how a table is read
 ):
-    "The `DataLoaders` of a run, after `set_seed`; errors as `recipe_dls` and `check_batches`"
+    "The `DataLoaders` of a run, after `set_seed`; errors as `recipe_dls`, `check_labels` and `check_batches`"
     use_threads(options.threads)
     if options.deterministic: use_deterministic()
     set_seed(options.seed)
     dls = recipe_dls(data, recipe, **options.data_args(), seed=options.seed, num_workers=options.workers,
                      device=options.torch_device())
+    recipe.check_labels(dls.source.spec.is_multi)
     check_batches(dls, recipe.shapes())
     return dls
 

@@ -22,6 +22,7 @@ class ImageSpec:
     mean:tuple # Of each channel, for pixels from 0 to 1
     std:tuple # Standard deviation of each channel, above 0, for pixels from 0 to 1
     resize:str='crop' # How an image of another shape becomes a square: 'crop', 'squish' or 'letterbox'
+    is_multi:bool=False # Can an image have several classes, or none? Else it has one
 
     def __post_init__(self):
         for nm in ('classes', 'mean', 'std'): object.__setattr__(self, nm, tuple(getattr(self, nm)))
@@ -32,6 +33,7 @@ class ImageSpec:
         if not self.classes or not all(isinstance(c, str) for c in self.classes): return f'classes is {self.classes!r}'
         if type(self.size) is not int or self.size < 1: return f'size is {self.size!r}'
         if self.resize not in ('crop', 'squish', 'letterbox'): return f'resize is {self.resize!r}'
+        if type(self.is_multi) is not bool: return f'is_multi is {self.is_multi!r}'
         are_numbers = all(isinstance(o, (int, float)) for o in self.mean + self.std)
         if not are_numbers or len(self.mean) != len(self.std) or min(self.std, default=0) <= 0:
             return f'mean is {self.mean!r}, std {self.std!r}'
@@ -48,7 +50,7 @@ def of_header(cls:ImageSpec,
     about:dict, # Texts by name, the header of a weights file
 )->ImageSpec:
     "The `ImageSpec` in a header; a ValueError where a field is missing or of another kind"
-    about = {'resize': '"crop"', **about}  # version 0.1.0 had no other
+    about = {'resize': '"crop"', 'is_multi': 'false', **about}  # version 0.1.0 had no other
     try: return cls(**{f.name: json.loads(about[f.name]) for f in fields(cls)})
     except (KeyError, TypeError, ValueError, RecursionError) as e:
         raise ValueError(f'no image spec in the header ({e!r})') from e

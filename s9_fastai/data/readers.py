@@ -8,7 +8,7 @@ __all__ = ['ArrayData', 'ItemReader', 'PixelReader', 'ClassReader']
 # %% ../../nbs/26_data.readers.ipynb #f88794db
 import mmap
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from multiprocessing.context import get_spawning_popen
 from pathlib import Path
@@ -32,6 +32,10 @@ class ArrayData:
     key:str # A checksum of the data, equal for equal images and labels wherever they are
     source:str # Where they came from
     reopen:Callable|None=None # Returns the `ArrayData` again; a function that can be pickled. None: there is no way
+
+    def __post_init__(self):
+        "The labels decide whether an image can have several"
+        object.__setattr__(self, 'spec', replace(self.spec, is_multi=self.parts[0].labels.ndim > 1))
 
 # %% ../../nbs/26_data.readers.ipynb #1941262f
 class ItemReader(Transform):

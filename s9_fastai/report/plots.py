@@ -48,16 +48,20 @@ def _read_csv(path):
 # %% ../../nbs/37_report.plots.ipynb #1320d31d
 _columns = ['epoch', 'train_loss', 'valid_loss', 'train_accuracy', 'valid_accuracy', 'lr']
 
+def _score(df):
+    "The metric that is drawn: the accuracy, or macro F1 where there is none, as with several labels an image"
+    return 'macro_f1' if 'valid_accuracy' not in df and 'valid_macro_f1' in df else 'accuracy'
+
 def read_history(
     history, # Path of a `history.csv`, or a DataFrame with the same columns
-)->pd.DataFrame: # float64, a row an epoch: losses, accuracies (0 to 1), learning rate; NaN for what is not finite
+)->pd.DataFrame: # float64, a row an epoch: losses, accuracies or macro F1 (0 to 1), learning rate; NaN: not finite
     "The curves' columns of `history`; FileNotFoundError or ValueError where there is none that can be drawn"
     name, df = ('history', history) if isinstance(history, pd.DataFrame) else (history, None)
     if df is None and not Path(name).is_file():
         raise FileNotFoundError(f'{name}: no such file; give the history.csv of a run folder')
     try:
         if df is None: df = _read_csv(name)
-        df = df[_columns].astype(float)
+        df = df[[c.replace('accuracy', _score(df)) for c in _columns]].astype(float)
     except (ValueError, KeyError) as e:
         why = shown(str(e).strip())
         raise ValueError(f'{name}: not a history ({why}); it needs {", ".join(_columns)} in numbers') from e
@@ -67,6 +71,8 @@ def read_history(
 # %% ../../nbs/37_report.plots.ipynb #f426cd91
 _blue, _orange, _grey = '#0072B2', '#D55E00', '#4D4D4D'
 
+_names = dict(accuracy='accuracy', macro_f1='macro F1')
+
 def _draw_pair(ax, df, col, scale=1):
     "The column `col` of both sets, times `scale`"
     for part, nm, c in (('train', 'training', _blue), ('valid', 'validation', _orange)):
@@ -74,11 +80,12 @@ def _draw_pair(ax, df, col, scale=1):
 
 # %% ../../nbs/37_report.plots.ipynb #6a30df4d
 def _draw_end(ax, df):
-    "A ring around the last validation accuracy, if there is one, with its value as label"
-    x, y = df.epoch.iloc[-1], 100*df.valid_accuracy.iloc[-1]
+    "A ring around the last validation accuracy or macro F1, if there is one, with its value as label"
+    nm = _score(df)
+    x, y = df.epoch.iloc[-1], 100*df[f'valid_{nm}'].iloc[-1]
     if math.isnan(y): return
     ax.plot(x, y, 'o', color=_orange, mfc='none', mew=1.6, ms=12, clip_on=False,
-            label=f'validation accuracy at the end: {y:.2f}%')
+            label=f'validation {_names[nm]} at the end: {y:.2f}%')
 
 # %% ../../nbs/37_report.plots.ipynb #00282c05
 def _tidy(ax, title, df):
@@ -112,9 +119,10 @@ def plot_curves(
     df = read_history(history)
     fig = Picture(figsize=(10, 3.3), dpi=100, layout='constrained')
     loss, acc, lr = fig.subplots(1, 3)
-    for ax, title in ((loss, 'loss'), (acc, 'accuracy in %'), (lr, 'learning rate')): _tidy(ax, title, df)
+    nm = _score(df)
+    for ax, title in ((loss, 'loss'), (acc, f'{_names[nm]} in %'), (lr, 'learning rate')): _tidy(ax, title, df)
     _draw_pair(loss, df, 'loss')
-    _draw_pair(acc, df, 'accuracy', 100)
+    _draw_pair(acc, df, nm, 100)
     _draw_end(acc, df)
     _draw_rates(lr, df, lrs)
     fig.legend(*acc.get_legend_handles_labels(), loc='outside upper center', ncols=3, frameon=False)

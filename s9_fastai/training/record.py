@@ -200,8 +200,6 @@ def before_fit(self:RunLog):  # noqa: F811 (of another class)
     if not isinstance(self.recorder, EpochRecorder):
         raise ValueError('RunLog writes what an EpochRecorder has recorded: give the Learner one, '
                          'learn.remove_cb(learn.recorder) and learn.add_cb(EpochRecorder())')
-    if 'accuracy' not in self.metrics.attrgot('name'):
-        raise ValueError('RunLog writes the accuracy: give the Learner metrics=accuracy, or no run_dir')
     if in_fit(self.learn): self.check_columns()
 
 # %% ../../nbs/56_training.record.ipynb #cb97b7b4
@@ -230,18 +228,26 @@ def write_row(self:RunLog,
     head = '' if path.exists() and path.stat().st_size else ','.join(row) + '\n'
     self.append('history.csv', head + ','.join(map(str, row.values())) + '\n')
 
+# %% ../../nbs/56_training.record.ipynb #9c49085f
+@patch
+def write_log(self:RunLog,
+    row:dict, # Values by column, with the accuracies
+):
+    "Append an epoch to log.txt"
+    n = self.recorder.loss.count
+    text = format_epoch(self.n_done, *self.last, row['train_accuracy'], row['valid_loss'],
+                        round(row['valid_accuracy']*n), n, self.next_lr())
+    self.append('log.txt', text)
+
 # %% ../../nbs/56_training.record.ipynb #1087cc94
 @patch
 def after_epoch(self:RunLog):  # noqa: F811 (of another class)
-    "Write the epoch to both files"
+    "Write the epoch to the files"
     rec = self.recorder
     if not rec.trained or not rec.validated: return
     self.n_done = max(self.n_done, self.epoch) + 1
     row = dict(zip(rec.metric_names[1:], rec.values[-1]))
-    n = rec.loss.count
-    text = format_epoch(self.n_done, *self.last, row['train_accuracy'], row['valid_loss'],
-                        round(row['valid_accuracy']*n), n, self.next_lr())
-    self.append('log.txt', text)
+    if 'valid_accuracy' in row: self.write_log(row)
     self.write_row({'epoch': self.n_done, **row, 'time': rec.log[-1]})
 
 # %% ../../nbs/56_training.record.ipynb #a9554654
