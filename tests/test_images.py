@@ -1,8 +1,11 @@
 "The faults of folders and tables of images, as a user meets them: one line with what is wrong and what to do, nothing lost, and the remedy works"
 import errno
+import multiprocessing
 import os
 import re
 import shutil
+import signal
+import subprocess
 import sys
 import time
 import warnings
@@ -12,8 +15,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
-from processes import run
+from processes import bin, run
 from test_cifar import home  # noqa: F401, a fixture
 from test_faults_data import make_odd, odd_names, posix, replace_by, snapshot, steady
 
@@ -23,6 +27,9 @@ from s9_fastai.app.train import main_train
 from s9_fastai.core.files import read_input
 from s9_fastai.data.loaders import image_dls
 from s9_fastai.data.tables import Columns
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent/'benchmarks'/'trust'))
+import kill  # noqa: E402
 
 nothing = 'no message: '  # for the faults that do no harm
 rng = np.random.default_rng(0)
@@ -510,3 +517,74 @@ def test_the_command(photos, tmp_path, home, fault, monkeypatch, capsys, what): 
     after = {k: v for k, v in snapshot(tmp_path).items() if not str(k).startswith(str(tmp_path/'home'))}
     assert after == {k: v for k, v in before.items() if not str(k).startswith(str(tmp_path/'home'))}  # no folder of a run either
     fault('folders', what, err)
+
+
+# Workers, processes and kills
+
+@pytest.fixture
+def started_by(request):
+    "The start method of worker processes, for one test"
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method(request.param, force=True)
+    if request.param == 'forkserver': multiprocessing.set_forkserver_preload(['s9_fastai.data.loaders', 'fastai.vision.augment'])  # its workers start at once
+    yield request.param
+    multiprocessing.set_start_method(before, force=True)
+
+
+def first_batches(dls): return [o.as_subclass(torch.Tensor) for _, b in zip(range(2), dls.train) for o in b]
+
+
+@pytest.mark.parametrize('augment', ['item', 'batch'])
+@pytest.mark.parametrize('started_by', [pytest.param(o, marks=pytest.mark.slow if o == 'spawn' else ()) for o in multiprocessing.get_all_start_methods()], indirect=True)
+def test_workers_of_each_start_method_give_the_same_batches(photos, load, started_by, augment):
+    none, two = (first_batches(load(photos, size=16, bs=2, augment=augment, num_workers=w)[0]) for w in (0, 2))
+    assert len(none) == 4 and all(a.equal(b) for a, b in zip(none, two, strict=True))
+
+
+many = '--epochs', 3, '--bs', 4, '--n-channels', 4, '--compute', 'plain', '--size', 32, '--save-every', 2, '--seed', 1
+
+
+def alone(path, *args):
+    "As `run`, in a process that begins with nothing, whose workers are forked as in a shell"
+    return subprocess.run([sys.executable, path, *map(str, args)], capture_output=True, text=True, timeout=200)
+
+
+def train_killed(folder, *args, kills=(), start=run):
+    """The bytes of the weights of a run with the options `args`, and a hash of weights, history and log; it ends itself with SIGKILL
+    right after the checkpoints with the numbers `kills`, counted from each start"""
+    (script := folder.parent/'trap.py').write_text(kill.TRAP)
+    command = args
+    for n in kills:
+        done = start(script, 'after the rename', n, *command, '--out' if command is args else '--resume', folder)
+        assert done.returncode == -signal.SIGKILL, done.stderr
+        command = ()
+    done = start(bin/'s9_train', *command, '--out' if command is args else '--resume', folder)
+    assert done.returncode == 0, done.stderr
+    return (folder/'weights.safetensors').read_bytes(), kill.fingerprint(folder)
+
+
+@pytest.fixture
+def pictures(photos):
+    "16 images of each of two classes: 6 batches an epoch, with checkpoints in their midst"
+    for c in ('cat', 'dog'):
+        for i in range(4, 16): save(photos/c/f'{i}.png')
+    return photos
+
+
+@posix
+def test_a_run_that_is_killed_twice(pictures, tmp_path, home):  # noqa: F811
+    "In the midst of the first and of the second epoch"
+    args = '--data', pictures, *many
+    whole = train_killed(tmp_path/'whole', *args)
+    assert train_killed(tmp_path/'killed', *args, kills=(0, 3)) == whole
+
+
+@posix
+@pytest.mark.slow
+@pytest.mark.parametrize('augment', ['item', 'batch'])
+def test_killed_twice_with_and_without_workers(pictures, tmp_path, home, augment):  # noqa: F811
+    args = '--data', pictures, *many, '--augment', augment
+    whole = train_killed(tmp_path/'whole', *args, start=alone)
+    for workers in (0, 2):
+        assert train_killed(tmp_path/f'whole {workers}', *args, '--workers', workers, start=alone) == whole
+        assert train_killed(tmp_path/f'killed {workers}', *args, '--workers', workers, kills=(1, 4), start=alone) == whole
