@@ -147,4 +147,4 @@ class ImageArray(np.ndarray):
 # %% ../../nbs/20_data.images.ipynb #2788285e
 @ToTensor
 def encodes(self, o:ImageArray):
-    return TensorImage(torch.from_numpy(np.array(o.transpose(2, 0, 1), order='C')))  # (C, H, W), a copy that may be changed
+    return TensorImage(torch.from_numpy(np.array(o.transpose(2, 0, 1), order='C')))  # (C, H, W)
