@@ -55,8 +55,11 @@ def new_array(
     shape:tuple, # Of the array
     dtype=np.uint8, # Or np.int64
 )->np.memmap: # To be filled
-    "A new array in a file of its own; an OSError if it cannot be written"
-    return np.lib.format.open_memmap(folder/f'{name}.npy', 'w+', dtype, shape)
+    "A new array in a file of its own, which has its space on the disk; an OSError if it cannot be written"
+    array = np.lib.format.open_memmap(folder/f'{name}.npy', 'w+', dtype, shape)
+    if hasattr(os, 'posix_fallocate'):
+        with open(folder/f'{name}.npy', 'r+b') as f: os.posix_fallocate(f.fileno(), 0, os.fstat(f.fileno()).st_size)
+    return array
 
 # %% ../../nbs/23_data.cache.ipynb #1897d754
 def seal(

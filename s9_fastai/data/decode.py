@@ -20,7 +20,7 @@ from fastprogress.fastprogress import progress_bar
 from ..core.checks import check_choice, check_number
 from ..core.cores import n_cores
 from ..core.text import read_errors, show_bars, shown
-from .cache import cache_folder, kept_entry, new_array, read_entry, seal
+from .cache import cache_folder, kept_entry, new_array, read_entry, remove_entry, seal
 from .images import RESIZES, fitted, read_image
 from .items import ImageItems
 
@@ -150,6 +150,12 @@ def _remove_older(dst):
     for p in dst.parent.glob(dst.name.rpartition('-')[0] + '-*'):
         if p != dst: shutil.rmtree(p, ignore_errors=True)
 
+def _is_readable(items, how, i):
+    "Can image number `i` be read now?"
+    try: fitted(read_image(items.root/items.files[i], 2*how.size)[0], how.size, how.resize, how.channels)
+    except (OSError, ValueError): return False
+    return True
+
 def decoded_images(
     items:ImageItems, # Image files
     how:Stored, # How they are stored
@@ -164,7 +170,12 @@ def decoded_images(
         check_room(dst.parent, len(items), how)
         return partial(_write, items, how, progress)
     found = kept_entry(dst, make, _read, items.root)
+    if any(_is_readable(items, how, i) for i in found.faults):
+        remove_entry(dst)
+        found = kept_entry(dst, make, _read, items.root)
     with read_errors(items.root): is_same = entry_name(items, how) == name
-    if not is_same: raise ValueError(f'{shown(items.root)}: files have changed while they were read; begin again')
+    if not is_same:
+        remove_entry(dst)
+        raise ValueError(f'{shown(items.root)}: files have changed while they were read; begin again')
     _remove_older(dst)
     return found

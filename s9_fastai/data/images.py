@@ -13,7 +13,7 @@ from pathlib import Path
 from threading import Lock
 
 import numpy as np, torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from fastai.data.transforms import ToTensor
 from fastai.vision.core import TensorImage
 
@@ -69,7 +69,10 @@ def _opened(path):
     data = BytesIO(read_input(path, 2**28))
     with _one_at_a_time, warnings.catch_warnings():  # PIL only warns of what is large, up to twice its limit
         warnings.simplefilter('error', Image.DecompressionBombWarning)
-        return Image.open(data)
+        try: return Image.open(data)
+        except UnidentifiedImageError as e:  # its text has the address of `data`
+            found = data.getvalue()
+            raise UnidentifiedImageError(f'{len(found)} bytes, which begin with {found[:8]!r}') from e
 
 # %% ../../nbs/20_data.images.ipynb #6bde8afd
 def read_image(
@@ -144,4 +147,4 @@ class ImageArray(np.ndarray):
 # %% ../../nbs/20_data.images.ipynb #2788285e
 @ToTensor
 def encodes(self, o:ImageArray):
-    return TensorImage(torch.from_numpy(np.ascontiguousarray(o.transpose(2, 0, 1))))  # (C, H, W)
+    return TensorImage(torch.from_numpy(np.array(o.transpose(2, 0, 1), order='C')))  # (C, H, W)

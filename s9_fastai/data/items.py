@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..core.checks import check_number
 from ..core.files import read_input, replacing
-from ..core.text import read_errors, shown
+from ..core.text import is_there, read_errors, shown
 
 # %% ../../nbs/24_data.items.ipynb #529b417f
 @dataclass(frozen=True)
@@ -93,6 +93,7 @@ def check(self:ImageItems,
     train, valid = (self.indices(o) for o in (False, True))
     for name, found in (('training', train), ('validation', valid)):
         if not found: raise ValueError(f'{shown(where)}: no {name} image; at least one is needed')
+    if not self.classes: raise ValueError(f'{shown(where)}: no image has a label; add some, or name another column')
     if len(self.classes) < 2 and not self.is_multi:
         raise ValueError(f'{shown(where)}: one class, {named(self.classes)}; at least two are needed, each in a '
                          'folder of its own, or as a label of its own')
@@ -102,18 +103,28 @@ def check(self:ImageItems,
                          'some, or remove the class')
 
 # %% ../../nbs/24_data.items.ipynb #4e682e4d
+_longest = 255  # characters of a class's name, as of a folder's
+
+def _check_name(name):
+    "A ValueError for a class name that is too long or not UTF-8"
+    if len(name) > _longest:
+        raise ValueError(f'{shown(name[:30])}…: a class name of {len(name)} characters, but at most {_longest} are '
+                         'allowed; shorten it, or name another column')
+    try: name.encode()
+    except UnicodeEncodeError as e:
+        raise ValueError(f'{shown(name)}: a class name that is not UTF-8; rename it') from e
+
 def class_names(
     labels, # Of all items
     file=None, # A text file with a class on each line, in the order of the logits; None: sorted
 )->tuple:
-    "The classes of `labels`; a ValueError for a name that is not UTF-8, or a label that is not in `file`"
+    """The classes of `labels`; a ValueError for a name that is too long or not UTF-8, or a label that is not in
+    `file`; an OSError if that cannot be read"""
     found = sorted({*all_labels(labels)})
-    for c in found:
-        try: c.encode()
-        except UnicodeEncodeError as e:
-            raise ValueError(f'{shown(c)}: a class name that is not UTF-8; rename it') from e
+    for c in found: _check_name(c)
     if file is None: return tuple(found)
-    names = [ln.strip() for ln in read_input(file, 2**20).decode('utf-8', 'replace').splitlines() if ln.strip()]
+    with read_errors(file): text = read_input(file, 2**20).decode('utf-8-sig', 'replace')
+    names = [ln.strip() for ln in text.splitlines() if ln.strip()]
     double = [c for c, n in Counter(names).items() if n > 1]
     if double: raise ValueError(f'{shown(file)}: {named(double)} is there twice; remove one')
     lost = [c for c in found if c not in names]
@@ -141,11 +152,15 @@ def random_split(
     return tuple(i in valid for i in range(len(labels)))
 
 # %% ../../nbs/24_data.items.ipynb #9d55ef9b
-def _below(path, above=()):
-    "Names of the visible files below the folder `path`"
+def _place(path):
     now = os.stat(path)
-    key = now.st_dev, now.st_ino
+    return now.st_dev, now.st_ino
+
+def _below(path, above=()):
+    "Names of the visible files below the folder `path`; `above` are the places of the folders that it is in"
+    key = _place(path)
     if key in above: raise ValueError(f'{shown(path)}: a link to a folder above it; remove the link')
+    if len(above) >= 100: raise ValueError(f'{shown(path)[:200]}…: folders nested 100 times; move the images up')
     for o in sorted(os.scandir(path), key=lambda o: o.name):
         if o.name.startswith('.'): continue
         if o.is_dir(): yield from (f'{o.name}/{f}' for f in _below(o.path, (*above, key)))
@@ -157,15 +172,20 @@ def image_suffixes()->frozenset: # Such as '.png', in small letters
     return frozenset(ext for ext, kind in Image.registered_extensions().items() if kind in Image.OPEN)
 
 # %% ../../nbs/24_data.items.ipynb #786704bc
-def _subfolders(path): return sorted(o.name for o in os.scandir(path) if o.is_dir() and not o.name.startswith('.'))
+def _subfolders(path):
+    "Names of the visible folders in `path`"
+    found = sorted((o for o in os.scandir(path) if not o.name.startswith('.')), key=lambda o: o.name)
+    lost = next((o.path for o in found if o.is_symlink() and not is_there(o.path)), None)
+    if lost: raise ValueError(f'{shown(lost)}: a link that leads nowhere; restore what it leads to, or remove it')
+    return [o.name for o in found if o.is_dir()]
 
 def _is_image(name): return os.path.splitext(name)[1].lower() in image_suffixes()
 
 def _of_classes(root, folder):
     "Names of image files below `root`/`folder`, their classes, and names of the other files"
-    found, others = [], []
+    found, others, above = [], [], (_place(root), _place(root/folder))
     for c in _subfolders(root/folder):
-        names = [f'{folder}{c}/{f}' for f in _below(root/folder/c)]
+        names = [f'{folder}{c}/{f}' for f in _below(root/folder/c, above)]
         images = [f for f in names if _is_image(f)]
         if not images: raise ValueError(f'{shown(root/folder/c)}: no image in this folder; add one, or remove it')
         found += [(f, c) for f in images]
@@ -186,15 +206,22 @@ def _inner(path):
     return path/names[0] if len(names) == 1 and names != ['train'] and _subfolders(path/names[0]) else path
 
 # %% ../../nbs/24_data.items.ipynb #a1723322
+_splits = {'train', 'training', 'testing', 'dev', 'eval', *VALID}  # in small letters
+
 def _read_splits(root):
     "Pairs (file, class) of the training and of the validation images below `root`, and names of the other files"
     names = _subfolders(root)
     if 'train' not in names:
+        if names and _splits.issuperset(o.lower() for o in names):
+            raise ValueError(f'{shown(root)}: {named(names)} are splits by their names, and not classes; rename the '
+                             'one to train from to train, and the other to valid')
         found, others = _of_classes(root, '')
         return found, [], others
     train, others = _of_classes(root, 'train/')
     valid = next((o for o in VALID if o in names), None)
     held, more = _of_classes(root, f'{valid}/') if valid else ([], [])
+    if valid not in (None, 'test') and not held:
+        raise ValueError(f'{shown(root/valid)}: no folder of a class with images; add them, or remove this folder')
     return train, held, others + more
 
 # %% ../../nbs/24_data.items.ipynb #5007dc86

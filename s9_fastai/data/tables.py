@@ -15,7 +15,7 @@ from pathlib import Path
 import pandas as pd
 
 from ..core.files import read_input
-from ..core.text import one_line, shown
+from ..core.text import one_line, read_errors, shown
 from .items import ImageItems, class_names, random_split
 
 # %% ../../nbs/25_data.tables.ipynb #ded25e14
@@ -46,21 +46,33 @@ def _column(path, frame, kind, name):
     if found is not None or name is None and kind == 'split': return found
     have = ', '.join(shown(c) for c in frame.columns)
     what = f'no column {shown(name)}' if name is not None else f'no column of {kind}'
-    raise ValueError(f'{shown(path)}: {what}; the columns are {have}: name one')
+    raise ValueError(f'{shown(path)}: {what}; the columns are {have}: name one, or give the first row the names of '
+                     'the columns')
 
 # %% ../../nbs/25_data.tables.ipynb #4553e83f
 #: Suffixes of tables
 TABLES = ('.csv', '.tsv', '.parquet')
 
+def _check_cells(path, frame):
+    "A ValueError where cells are separated by something else, or have no name of a column"
+    if len(frame.columns) == 1 and (sep := next((o for o in ';\t|' if o in str(frame.columns[0])), None)):
+        raise ValueError(f'{shown(path)}: one column, {shown(frame.columns[0])}; separate the cells by commas in place '
+                         f'of {sep!r}, or by tabs in a .tsv file')
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise ValueError(f'{shown(path)}: rows have more cells than the first row has names of columns; name them all')
+
 def _read_frame(path):
     "The table in the file `path`, of texts"
-    data, kind = BytesIO(read_input(path, 2**30)), path.suffix.lower()
+    with read_errors(path): data = BytesIO(read_input(path, 2**30))
+    kind = path.suffix.lower()
     try:
         if kind == '.parquet': return pd.read_parquet(data).map(lambda o: '' if o is None or o != o else str(o))
-        return pd.read_csv(data, sep='\t' if kind == '.tsv' else ',', dtype=str, keep_default_na=False)
+        frame = pd.read_csv(data, sep='\t' if kind == '.tsv' else ',', dtype=str, keep_default_na=False).fillna('')
     except ImportError as e: raise ValueError(f'{shown(path)}: parquet needs pyarrow: pip install pyarrow') from e
     except Exception as e:  # pandas and pyarrow raise many types
         raise ValueError(f'{shown(path)}: cannot be read as a table ({one_line(e)}); give a CSV in UTF-8') from e
+    _check_cells(path, frame)
+    return frame
 
 # %% ../../nbs/25_data.tables.ipynb #3ccfd35e
 def _rows(places, most=5):
