@@ -43,6 +43,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import s9_fastai.app.recipe
+from s9_fastai.core.checks import range_text
 from s9_fastai.augment.policies import POLICIES, AUGMENTS
 from s9_fastai.app.command import command_parser
 from s9_fastai.augment.keyed import KeyedDL
@@ -762,9 +763,11 @@ def test_a_new_choice_is_in_the_help(monkeypatch, field, where, name, what):
 @pytest.mark.parametrize('f', [f for f in fields(Recipe) if field_range(f)], ids=lambda f: f.name)
 def test_the_range_of_a_field_is_checked_and_in_the_help(f):
     r, kind = field_range(f), field_kind(f)
-    text = f'{r.ge} to {r.le}' if kind is int else f'{r.ge} to below {r.lt}'
+    text = range_text(r)
     assert f': {text} [{f.default}]' in ' '.join(help_text().split())
-    bad = (r.ge - 1, r.le + 1) if kind is int else (r.ge - 1e-9, r.lt, float('inf'), float('nan'))
+    low = r.gt if r.ge is None else r.ge - (1 if kind is int else 1e-9)
+    high = r.lt if r.le is None else r.le + (1 if kind is int else 1e-9)
+    bad = (low, high) if kind is int else (low, high, float('inf'), float('nan'))
     for v in bad:
         with pytest.raises(ValueError, match=re.escape(f'{f.name} is {v}, but must be {text}')): Recipe(**{f.name: v})
 

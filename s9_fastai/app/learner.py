@@ -23,7 +23,7 @@ from ..resume.checkpoint import Checkpoint
 from ..training.guards import FiniteLoss, NoNormDecay
 from ..core.paths import given_path
 from ..training.distill import TeacherLogits
-from .inputs import check_batches, check_inputs, check_outputs, class_counts, n_outputs, several_labels
+from .inputs import check_batches, check_full_batch, check_inputs, check_outputs, class_counts, n_outputs, several_labels
 from ..training.metrics import MacroF1, MeanRecall
 from ..training.record import EpochRecorder, RunLog
 from ..training.schedule import sets_rate
@@ -155,6 +155,7 @@ def s9_learner(
     recipe = get_recipe(recipe)
     _check_call(dls, kwargs, run_dir, save_every, force)
     _check_rates(recipe, kwargs.get('cbs')), _check_loss(recipe, kwargs)
+    check_full_batch(dls)
     if run_dir is not None: run_dir = given_path(run_dir, 'run_dir')
     own_loss, is_multi = 'loss_func' in kwargs, several_labels(dls)
     if not own_loss: recipe.check_labels(is_multi)

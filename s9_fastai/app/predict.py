@@ -51,7 +51,7 @@ def pixels(self:Predictor,
 ): # uint8 array (size, size, 3)
     "The middle square of `image` in the size of the network; errors as `square_pixels`"
     from s9_fastai.data.images import square_pixels
-    return square_pixels(image, self.spec.size)
+    return square_pixels(image, self.spec.size, self.spec.resize, len(self.spec.mean))
 
 # %% ../../nbs/79_app.predict.ipynb #578ac5f9
 @patch

@@ -27,15 +27,16 @@ def cifar100_root(
 # %% ../../nbs/44_cifar.hundred.ipynb #cd1b1ee8
 _kind = 'file of CIFAR-100'
 
-def _read(root, name): return read_input(root/name, 2**28), shown(root/name)
+def _batch(root, name): return read_batch(read_input(root/name, 2**28), shown(root/name), 'fine_labels', 100, _kind)
+
+def _names(root): return read_pickle(read_input(root/'meta', 2**28), shown(root/'meta'), _kind).get('fine_label_names')
 
 def cifar100_data(
     root:Path, # From `cifar100_root`
     **kwargs # As for `memory_data`: `size`, `resize`, `channels`
 )->ArrayData:
     "The images of CIFAR-100 with their fine labels; a ValueError that names the file that is damaged"
-    names = read_pickle(*_read(root, 'meta'), _kind).get('fine_label_names')
+    names = _names(root)
     if not (isinstance(names, list) and len(names) == 100 and all(isinstance(o, str) for o in names)):
         raise ValueError(f"{shown(root/'meta')}: fine_label_names must be a list of 100 names; get it again")
-    train, test = (read_batch(*_read(root, o), 'fine_labels', 100, _kind) for o in ('train', 'test'))
-    return memory_data(train, test, names, source=str(root.absolute()), **kwargs)
+    return memory_data(_batch(root, 'train'), _batch(root, 'test'), names, source=str(root.absolute()), **kwargs)

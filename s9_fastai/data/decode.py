@@ -47,7 +47,7 @@ _arrays = ('images', 'sizes', 'sums', 'checks')  # names of the arrays of an ent
 def _measure(x):
     "Sum and sum of squares of each channel (C, 2), and a checksum of the pixels `x` (H, W, C)"
     flat = x.reshape(-1, x.shape[2]).astype(np.int64)
-    digest = hashlib.blake2b(np.ascontiguousarray(x), digest_size=8).digest()
+    digest = hashlib.blake2b(x.tobytes(), digest_size=8).digest()
     return np.stack([flat.sum(0), (flat**2).sum(0)], 1), int.from_bytes(digest, 'little', signed=True)
 
 def _decode(arrays, items, how, i):
@@ -143,7 +143,8 @@ def mean_std(self:DecodedImages,
 def _read(folder):
     arrays, prints, faults = read_entry(folder, _arrays)
     by_place = {int(i): text for i, text in (faults or {}).items()}
-    return DecodedImages(*(arrays[k] for k in _arrays), prints['images'], by_place)
+    images, sizes, sums, checks = (arrays[k] for k in _arrays)
+    return DecodedImages(images, sizes, sums, checks, prints['images'], by_place)
 
 def _remove_older(dst):
     "Remove the entries of the same folder but for `dst`"

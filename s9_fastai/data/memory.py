@@ -6,7 +6,7 @@
 __all__ = ['memory_data', 'read_idx', 'idx_files']
 
 # %% ../../nbs/28_data.memory.ipynb #538245c3
-import gzip, hashlib
+import gzip, hashlib, zlib
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +27,8 @@ def _pixels(images, how):
     if images.shape[1:3] == how.shape[:2] and images.shape[3] == 1: return np.repeat(images, how.channels, 3)
     return np.stack([square_pixels(o, how.size, how.resize, how.channels) for o in images])
 
+def _rounded(values): return tuple(round(max(float(v), 1/255), 4) for v in values)
+
 def _check_pair(name, images, labels, n_classes):
     "A ValueError unless these are images and their labels"
     what = f'{images.dtype} of shape {images.shape}'
@@ -41,8 +43,8 @@ def _check_pair(name, images, labels, n_classes):
 
 # %% ../../nbs/28_data.memory.ipynb #71539079
 def memory_data(
-    train:tuple, # Images uint8 (N, H, W) or (N, H, W, C), and labels, whole numbers from 0
-    valid:tuple, # Validation images and labels
+    train, # Pair of images uint8 (N, H, W) or (N, H, W, C), and labels, whole numbers from 0
+    valid, # Pair of validation images and labels
     classes=None, # Names, in the order of the numbers; None: the numbers
     size:int|None=None, # Height and width that the images get, in pixels; None: the height that they have
     resize:str='crop', # How they get it, a key of `RESIZES`
@@ -53,13 +55,13 @@ def memory_data(
     pairs = [tuple(map(np.asarray, o)) for o in (train, valid)]
     x, y = pairs[0]
     classes = tuple(classes or map(str, range(int(y.max()) + 1 if y.size else 1)))
-    for name, pair in zip(('training', 'validation'), pairs): _check_pair(name, *pair, len(classes))
+    for name, (images, labels) in zip(('training', 'validation'), pairs):
+        _check_pair(name, images, labels, len(classes))
     how = Stored(size or x.shape[1], resize, channels or (x.shape[3] if x.ndim == 4 else 1))
     parts = tuple(Split(_pixels(images, how), labels.astype(np.int64)) for images, labels in pairs)
-    mean, std = (f(parts[0].images, axis=(0, 1, 2), dtype=np.float64)/255 for f in (np.mean, np.std))
-    rounded = (tuple(round(float(v), 4) for v in o) for o in (mean, np.maximum(std, 1/255)))
+    mean, std = (_rounded(f(parts[0].images, axis=(0, 1, 2), dtype=np.float64)/255) for f in (np.mean, np.std))
     key = hashlib.blake2b(repr([fingerprint(a) for o in parts for a in o]).encode(), digest_size=8).hexdigest()
-    return ArrayData(parts, ImageSpec(classes, how.size, *rounded, resize), key, source)
+    return ArrayData(parts, ImageSpec(classes, how.size, mean, std, resize), key, source)
 
 # %% ../../nbs/28_data.memory.ipynb #6990df19
 _limit = 2**31  # bytes of an array
@@ -82,7 +84,7 @@ def read_idx(
             if head[:3] != b'\0\0\x08' or not 1 <= head[3] <= 4 or n > _limit: raise ValueError(f'a header of {head!r}')
             data = f.read(n + 1)
             if len(data) != n: raise ValueError(f'{"more" if len(data) > n else "fewer"} than {n} values')
-        except (OSError, EOFError, IndexError, ValueError, gzip.zlib.error) as e:
+        except (OSError, EOFError, IndexError, ValueError, zlib.error) as e:
             raise ValueError(f'{shown(path)}: not an IDX file of bytes, or damaged ({e}); get it again') from e
     return np.frombuffer(data, np.uint8).reshape(shape)
 

@@ -21,7 +21,7 @@ def _is_users(root):
     "Is the top module `root` of the user?"
     if root == '__main__': return True
     file = getattr(sys.modules.get(root), '__file__', None)
-    return bool(file) and root != _package and not os.path.abspath(file).startswith(_libraries)
+    return file is not None and root != _package and not os.path.abspath(file).startswith(_libraries)
 
 def is_users(
     module, # Name of a module, or None
