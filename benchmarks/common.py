@@ -10,11 +10,11 @@ from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import median
-from time import sleep
 
 import torch
 
 from s9_fastai.app.command import complain
+from s9_fastai.core.cores import busy_cores
 from s9_fastai.core.environment import environment
 from s9_fastai.training.fast import autocast_dtype
 
@@ -64,7 +64,7 @@ def check(p, args):
     if 'data' in args and not args.data: p.error('no data: name the full CIFAR-10 in S9_CIFAR10, or give --data')
     if 'data' in args and args.data != 'sample' and not Path(args.data).expanduser().exists():
         p.error(f'no data: {args.data} does not exist')
-    if (busy := busy_cores() or 0) > 0.2:  # threads wait for each other, so a step may take 20 times as long
+    if (busy := busy_before()) > 0.2:  # threads wait for each other, so a step may take 20 times as long
         print(f'{p.prog}: other processes keep {busy} cores busy, so times will be wrong', file=sys.stderr)
     torch.set_num_threads(args.threads)
     return args
@@ -88,16 +88,9 @@ def command(*args):
 
 
 @cache
-def busy_cores():
-    "Cores that are busy before a script begins, measured for a second; None where there is no /proc/stat"
-    def ticks(): return [int(v) for v in Path('/proc/stat').read_text().split(maxsplit=9)[1:9]]
-    try:
-        before = ticks()
-        sleep(1)
-        spent = [b - a for a, b in zip(before, ticks())]
-    except OSError: return None
-    idle = spent[3] + spent[4]  # waiting for a disk is idle too
-    return round(os.cpu_count()*(1 - idle/max(sum(spent), 1)), 2)
+def busy_before():
+    "Cores that are busy before a script begins, measured for a second"
+    return round(busy_cores(1), 2)
 
 
 def git_commit():
@@ -124,7 +117,7 @@ def facts():
     env = environment()
     env.pop('deterministic')  # no option of these scripts
     hardware = dict(cpu=env.pop('cpu'), cores=os.cpu_count(), threads=env.pop('threads'),
-                    busy_cores_before=busy_cores())
+                    busy_cores_before=busy_before())
     env.update(versions('pillow', 'opencv-python-headless', 'kornia'))
     path = script.relative_to(root).as_posix() if script.is_relative_to(root) else script.name
     return dict(hardware=hardware, versions=env, commit=git_commit(), command=shlex.join(['python', path, *sys.argv[1:]]),

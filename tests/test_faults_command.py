@@ -142,7 +142,7 @@ def documented(flag, action, text):
     "Does the help of the option allow `text`? It tells the range of a number, and the words of a choice"
     if flag in elsewhere: return elsewhere[flag](text)
     if action.type is str: return text in re.findall(r"'(\w+)'", action.help)
-    least, below, most = re.search(r'([\d.e-]+) to (below )?([\d.e-]+)', action.help).groups()
+    least, below, most = re.findall(r'([\d.e-]+) to (below )?([\d.e-]+)', action.help)[-1]
     try: v = action.type(text)
     except ValueError: return False
     return float(least) <= v <= float(most) and not (below and v == float(most)) and not ('even' in action.help and v % 2)

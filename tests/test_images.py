@@ -200,7 +200,7 @@ def test_folders(photos, load, refusal, fault, what):
     change(photos)
     message = refusal(photos)
     assert msg in message
-    fault('folders', what, message.replace('/a'*80, '/a…'))
+    fault('folders', what, re.sub('(/a){9,}', '/a…', message))
     mend(photos)
     assert load(photos)[0].c >= 2
 

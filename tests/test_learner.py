@@ -306,10 +306,10 @@ def test_other_metrics(mk, tmp_path):
     assert len(log(tmp_path/'run')) == 1 and row(learn)['valid_top_k_accuracy'] >= row(learn)['valid_accuracy']
 
 
-def test_a_run_log_without_accuracy_is_refused_before_the_training(mk, tmp_path):
+def test_a_run_log_without_accuracy_writes_the_history_alone(mk, tmp_path):
     learn = mk(metrics=[top_k_accuracy], run_dir=tmp_path/'run')
-    with pytest.raises(ValueError, match='accuracy'): learn.fit(1)
-    assert not learn.recorder.losses
+    learn.fit(1)
+    assert (tmp_path/'run'/'history.csv').exists() and not (tmp_path/'run'/'log.txt').exists()
 
 
 # --- callbacks

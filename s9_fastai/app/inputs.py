@@ -36,6 +36,7 @@ def check_full_batch(
     raise ValueError(f'bs is {bs}, but there are only {n} training images, and a batch that is not full is left out: '
                      f'take a bs of at most {n}, or drop_last=False')
 
+# %% ../../nbs/72_app.inputs.ipynb #b40bff5c
 def check_batches(
     dls:DataLoaders, # Of any data
     net:nn.Module, # Does it have batch norm?

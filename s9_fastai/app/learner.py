@@ -23,7 +23,8 @@ from ..resume.checkpoint import Checkpoint
 from ..training.guards import FiniteLoss, NoNormDecay
 from ..core.paths import given_path
 from ..training.distill import TeacherLogits
-from .inputs import check_batches, check_full_batch, check_inputs, check_outputs, class_counts, n_outputs, several_labels
+from .inputs import (check_batches, check_full_batch, check_inputs, check_outputs, class_counts,
+                                   n_outputs, several_labels)
 from ..training.metrics import MacroF1, MeanRecall
 from ..training.record import EpochRecorder, RunLog
 from ..training.schedule import sets_rate
