@@ -17,6 +17,7 @@ from ..cifar.layouts import is_cifar10
 from ..cifar.loaders import cifar_dls
 from ..core.text import shown
 from ..data.arrays import split_dls
+from ..data.items import TABLES
 from ..data.loaders import image_dls
 from ..data.memory import idx_files, memory_data, read_idx
 
@@ -24,7 +25,7 @@ from ..data.memory import idx_files, memory_data, read_idx
 def _is_cifar(path):
     if path is None or str(path) == 'sample': return True
     path = Path(path).expanduser()
-    return is_cifar10(path) if path.is_dir() else path.suffix.lower() not in ('.csv', '.tsv', '.parquet')
+    return is_cifar10(path) if path.is_dir() else path.suffix.lower() not in TABLES
 
 def _arrays(path, **how):
     "The `ArrayData` of CIFAR-100, or of a data set like MNIST, in the folder `path`; None where there is none"
@@ -47,8 +48,6 @@ def _refuse(recipe, names, options, what):
     for k, v in given.items(): raise ValueError(f'{k} is {v!r}, but the images are those of {what}: leave it out')
 
 # %% ../../nbs/72_app.data.ipynb #d768f34b
-_size = 64  # of images from files, pixels, if the recipe has none
-
 def _columns(data, names):
     "The `Columns` called `names`; a ValueError for a folder, which has none"
     given = [k for k, v in names.items() if v is not None]
@@ -77,9 +76,9 @@ def recipe_dls(
     if _is_cifar(data):
         _refuse(recipe, _of_cifar, options, 'CIFAR-10, 32x32 pixels in colour with a test set')
         return cifar_dls(data, **own)
-    shape = dict(resize=recipe.resize, channels=recipe.channels)
-    if (arrays := _arrays(data, size=recipe.size, **shape)) is not None:
+    shape = {k: v for k in ('size', 'resize', 'channels') if (v := getattr(recipe, k)) is not None}
+    if (arrays := _arrays(data, **shape)) is not None:
         _refuse(recipe, _of_files, options, 'a data set with a test set')
         return split_dls(arrays, **{k: v for k, v in own.items() if k != 'cache_dir'})
-    return image_dls(data, size=recipe.size or _size, **shape, valid_pct=recipe.valid_pct, skip_bad=skip_bad,
-                     classes=classes, columns=_columns(data, columns), **own)
+    return image_dls(data, **shape, valid_pct=recipe.valid_pct, skip_bad=skip_bad, classes=classes,
+                     columns=_columns(data, columns), **own)

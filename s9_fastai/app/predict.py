@@ -115,7 +115,7 @@ def s9_predict(
     top:int=3, # Classes to print for each image, 1 or more; of several labels those above 50%, or this many if none is
     run:str=None, # Folder of a finished run of s9_train; default: the weights in the package
 ): # Probabilities of each image, by class name
-    "Classify images into the ten classes of CIFAR-10, with the weights of a run or those in the package"
+    "Classify images with the network of a run, or with that in the package (the ten classes of CIFAR-10)"
     if not images: raise BadInput('no image: name one or more files')
     if top < 1: raise BadInput(f'top is {top}, but must be at least 1')
     predictor, pairs, errors = _read_images(images, run)

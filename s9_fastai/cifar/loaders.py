@@ -15,8 +15,7 @@ from .facts import Cifar10
 from .load import load_cifar
 from .readers import array_data
 from ..core.environment import get_device
-from ..data.arrays import array_block, check_loading, split_dls
-from ..data.loader import hold_out
+from ..data.arrays import array_block, check_loading, split_dls, valid_numbers
 
 # %% ../../nbs/49_cifar.loaders.ipynb #2721b433
 @delegates(augmentation)
@@ -27,9 +26,8 @@ def cifar_block(
     **kwargs
 )->DataBlock: # Its source: indices into `data`, without the test images if some are held out
     "The `DataBlock` of CIFAR-10: training images go through `augmentation`, the test images are the validation set"
-    n, total = len(data.train.labels), len(data.train.labels) + len(data.test.labels)
-    valid = hold_out(data.train.labels, held_out) if held_out else range(n, total)
-    return array_block(array_data(data), valid, *args, **kwargs)
+    arrays = array_data(data)
+    return array_block(arrays, valid_numbers(arrays, held_out), *args, **kwargs)
 
 # %% ../../nbs/49_cifar.loaders.ipynb #287acb8e
 @delegates(augmentation)

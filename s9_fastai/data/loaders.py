@@ -19,7 +19,7 @@ from ..core.spec import ImageSpec, Split
 from ..core.text import is_there, read_errors, shown
 from .arrays import array_dls, check_loading
 from .decode import Stored, decoded_images
-from .items import folder_items
+from .items import TABLES, folder_items
 from .loader import hold_out
 from .readers import ArrayData
 from .verify import ImageReport
@@ -35,7 +35,7 @@ def read_items(
     with read_errors(path): there, is_dir = is_there(path), path.is_dir()
     if not there: raise FileNotFoundError(f'{shown(path)}: no such file or folder; give a folder of images or a table')
     if is_dir: return folder_items(path, **kwargs)
-    from s9_fastai.data.tables import TABLES, Columns, table_items  # here, since it loads pandas
+    from s9_fastai.data.tables import Columns, table_items  # here, since it loads pandas
     if path.suffix.lower() in TABLES: return table_items(path, columns or Columns(), **kwargs)
     raise ValueError(f'{shown(path)}: neither a folder nor a table ({", ".join(TABLES)}); give one of these')
 
