@@ -1109,6 +1109,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
             's9_fastai.data.tables': { 's9_fastai.data.tables.Columns': ('data.tables.html#columns', 's9_fastai/data/tables.py'),
                                        's9_fastai.data.tables.Columns.__post_init__': ( 'data.tables.html#columns.__post_init__',
                                                                                         's9_fastai/data/tables.py'),
+                                       's9_fastai.data.tables._check_cells': ('data.tables.html#_check_cells', 's9_fastai/data/tables.py'),
                                        's9_fastai.data.tables._check_files': ('data.tables.html#_check_files', 's9_fastai/data/tables.py'),
                                        's9_fastai.data.tables._column': ('data.tables.html#_column', 's9_fastai/data/tables.py'),
                                        's9_fastai.data.tables._read_frame': ('data.tables.html#_read_frame', 's9_fastai/data/tables.py'),

@@ -50,6 +50,14 @@ def _column(path, frame, kind, name):
                      'the columns')
 
 # %% ../../nbs/25_data.tables.ipynb #4553e83f
+def _check_cells(path, frame):
+    "A ValueError where cells are separated by something else, or have no name of a column"
+    if len(frame.columns) == 1 and (sep := next((o for o in ';\t|' if o in str(frame.columns[0])), None)):
+        raise ValueError(f'{shown(path)}: one column, {shown(frame.columns[0])}; separate the cells by commas in place '
+                         f'of {sep!r}, or by tabs in a .tsv file')
+    if not isinstance(frame.index, pd.RangeIndex):
+        raise ValueError(f'{shown(path)}: rows have more cells than the first row has names of columns; name them all')
+
 def _read_frame(path):
     "The table in the file `path`, of texts"
     with read_errors(path): data = BytesIO(read_input(path, 2**30))
