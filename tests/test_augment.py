@@ -498,6 +498,6 @@ def test_a_mean_of_bytes_is_refused(name):
 
 
 def test_policies():
-    assert set(POLICIES) == {'reference', 'reference_mean', 'flip_crop', 'flip_crop_cutout', 'alt_flip_crop', 'none'} and not get_policy('none', SIZE, MEAN).transforms
+    assert set(POLICIES) == {'reference', 'reference_mean', 'flip_crop', 'flip_crop_cutout', 'alt_flip_crop', 'resized_crop', 'none'} and not get_policy('none', SIZE, MEAN).transforms
     assert get_policy('reference', SIZE, MEAN) is not get_policy('reference', SIZE, MEAN)
     with pytest.raises(ValueError, match="policy is 'refrence', but must be 'reference', 'reference_mean', 'flip_crop'"): get_policy('refrence', SIZE, MEAN)

@@ -4,6 +4,7 @@ import pickle
 import random
 import warnings
 from dataclasses import replace
+from unittest import mock
 
 import cv2
 import numpy as np
@@ -22,6 +23,7 @@ from s9_fastai.augment.item import AlbumentationsTransform, AlternatingFlip, Sub
 from s9_fastai.augment.policies import POLICIES, get_policy
 from s9_fastai.augment.batch import BatchAugment, read_policy
 from s9_fastai.augment.batch_noise import _added
+from s9_fastai.augment.batch_ops import LARGE
 from s9_fastai.cifar.load import load_cifar
 from s9_fastai.cifar.facts import MEAN, SIZE, STD
 from s9_fastai.augment.keys import item_key, item_keys, item_seed, mix64, uniforms
@@ -334,6 +336,9 @@ def applied(t, img, mine):
     if isinstance(t, A.RandomBrightnessContrast): return t.apply(img, alpha=mine['alpha'], beta=255*mine['beta'])
     if isinstance(t, A.RandomCrop): return img[mine['y']:, mine['x0']:][:t.height, :t.width]
     if isinstance(t, A.RandomRotate90): return t.apply(img, factor=mine['quarters'])
+    if isinstance(t, A.RandomResizedCrop):
+        top, left, h, w = mine['box']
+        return t.apply(img, crop_coords=(left, top, left + w, top + h))
     return t(image=img, force_apply=True)['image']
 
 
@@ -381,7 +386,7 @@ def test_a_batch_is_the_policy_applied_one_by_one(name, layout, photos):
     assert (x == before).all() and out.is_contiguous(memory_format=torch.channels_last) and not hasattr(out, 'keys')
     assert out.data_ptr() != x.data_ptr()
     diff = abs(back(out).astype(int) - ref)
-    assert out.shape == (128, 3, 32, 32) and diff.max() <= 2 and (diff > 0).mean() < (0.2 if name == 'turns' else 1e-3)  # OpenCV resizes with 11 bits
+    assert out.shape == (128, 3, 32, 32) and diff.max() <= 2 and (diff > 0).mean() < (0.2 if name in ('turns', 'resized_crop') else 1e-3)  # OpenCV resizes with 11 bits
 
 
 @pytest.mark.parametrize('name', policies)
@@ -389,7 +394,7 @@ def test_masks_of_a_batch_move_with_its_images(name, photos):
     "A mask that is a channel of its image stays one: with nearest neighbours as images are, where nothing is interpolated; else it has the pixels of the op alone"
     pipe, keys = policies[name](), item_keys(3, 1, range(128))
     if name in ('one of', 'some of'): pytest.skip('of a choice')
-    still = [t for t in pipe.transforms if not isinstance(t, (A.Affine, A.RandomBrightnessContrast, A.CoarseDropout, A.ToGray, A.Resize))]
+    still = [t for t in pipe.transforms if not isinstance(t, (A.Affine, A.RandomBrightnessContrast, A.CoarseDropout, A.ToGray, A.Resize, A.RandomResizedCrop))]
     tfm = BatchAugment.from_compose(A.Compose(still))
     mask = TensorMask(torch.from_numpy(photos[..., 0]))
     before = mask.clone()
@@ -768,3 +773,31 @@ def test_noise_depends_on_the_key_alone(photos):
     tfm, keys = BatchAugment.from_compose(A.Compose([A.GaussNoise(p=0.8), A.GaussianBlur(p=0.5), A.ColorJitter(p=0.5)])), item_keys(0, 0, range(128))
     whole, few = augment(tfm, photos, keys), augment(tfm, photos[[9, 4, 77]], keys[[9, 4, 77]])
     assert (whole[[9, 4, 77]] == few).all() and (augment(tfm, photos, item_keys(0, 1, range(128))) != whole).flatten(1).any(1).all()
+
+
+# --- large images, one after the other
+
+one_by_one_ops = [nm for nm in transforms if twin(make(nm)).one]
+
+
+@pytest.mark.parametrize('name', one_by_one_ops)
+def test_large_images_have_the_pixels_of_albumentations(name):
+    t, rng = make(name), np.random.default_rng(0)
+    pipe, op = A.Compose([t], seed=0, save_applied_params=True), twin(t)
+    for _ in range(8):
+        img = cv2.GaussianBlur(rng.integers(0, 256, (120, 120, 3), dtype=np.uint8), (5, 5), 0)
+        ref = pipe(image=img)['image']
+        par = as_drawn(pipe.transforms[0], pipe.transforms[0].params, img)
+        mine = op.to_rows(torch.from_numpy(img.copy())[None], np.array([0]), **par)[0].numpy()
+        most = 1 if isinstance(t, (A.RandomBrightnessContrast, A.Affine, A.Rotate)) else 0  # the matrix is rounded otherwise
+        assert mine.shape == ref.shape and np.abs(mine.astype(int) - ref).max() <= most
+
+
+def test_large_images_have_nearly_the_pixels_of_a_whole_batch(photos):
+    policy, keys = BatchAugment.from_compose(get_policy('reference', 128, (0.5, 0.5, 0.5))), item_keys(0, 0, range(64))
+    large = np.array([cv2.resize(o, (128, 128)) for o in photos[:64]])
+    def run(): return back(policy(batch(large, keys), split_idx=0)).astype(int)
+    assert 64**2 <= LARGE < 128**2
+    mine = run()
+    with mock.patch('s9_fastai.augment.batch_ops.LARGE', 10**9): apart = run()
+    assert (mine != apart).any() and np.abs(mine - apart).max() <= 2 and (np.abs(mine - apart) > 0).mean() < 0.05

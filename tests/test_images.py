@@ -340,7 +340,7 @@ def test_a_table_of_many_rows_with_missing_files(photos, refusal, fault):
 paths = {
     'a pipe in the place of a table': (lambda d: os.mkfifo(d/'t.csv') or d/'t.csv', 'a pipe, but only regular files are read; put a file in its place'),
     'a missing table': (lambda d: d/'gone.csv', 'gone.csv: no such file or folder; give a folder of images or a table'),
-    'a table of another kind': (lambda d: (d/'t.xlsx').touch() or d/'t.xlsx', 'neither a folder nor a table (.csv, .tsv, .parquet); give one of these'),
+    'a table of another kind': (lambda d: (d/'t.xlsx').touch() or d/'t.xlsx', 't.xlsx: neither a folder, a table (.csv, .tsv, .parquet) nor an archive (.zip, .tar,'),
     'a table with a zero byte in its path': (lambda d: 'a\0b.csv', 'a\\x00b.csv: no such file or folder'),
     'an empty path of the images': (lambda d: '', "the path of the images is '', an empty text"),
 }
@@ -448,11 +448,11 @@ def test_a_full_disk(photos, tmp_path, load, refusal, fault, monkeypatch):
     assert 'the cache cannot be written there (OSError: [Errno 28] No space left on device); choose another folder with cache_dir' in message
     fault('folders', 'a disk that is full', message)
     assert not any((tmp_path/'cache').iterdir())
-    with monkeypatch.context() as m:
+    with monkeypatch.context() as m:  # the files are read again in each epoch
         m.setattr(shutil, 'disk_usage', lambda p: shutil._ntuple_diskusage(9999, 9999, 99))
-        message = refusal(photos)
-    assert 'take a smaller size, or another folder with cache_dir' in message
-    fault('folders', 'more images than the disk has room for', message)
+        [text] = load(photos)[1]
+    assert 'are not stored' in text and 'Take a smaller size, or another folder with cache_dir' in text
+    fault('folders', 'more images than the disk has room for', text)
     assert load(photos)[0].c == load(photos, cache=tmp_path/'other')[0].c == 2
 
 

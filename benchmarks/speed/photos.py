@@ -1,6 +1,6 @@
 """Images per second of training loaders over photos, by image size: fastai's documented way, which decodes each JPEG file in each epoch, against
-`image_dls`, which decodes it once. The photos are made up: noise with the spectrum of natural images and shapes with sharp borders. The first epoch
-of `image_dls`, which builds the cache, is measured too"""
+`image_dls`, which decodes it once. The photos are made up: noise with the spectrum of natural images and shapes with sharp borders. Measured are later
+epochs of loading, the first one, in which `image_dls` builds its cache, epochs in which a resnet18 is trained from scratch, or the augmentation alone"""
 import shutil
 import sys
 from functools import partial
@@ -9,19 +9,27 @@ from tempfile import TemporaryDirectory
 from time import perf_counter
 
 import numpy as np
+import torch
 from fastai.data.block import CategoryBlock, DataBlock
 from fastai.data.transforms import Normalize, RandomSplitter, get_image_files, parent_label
+from fastai.learner import Learner
+from fastai.losses import CrossEntropyLossFlat
+from fastai.metrics import accuracy
+from fastai.optimizer import SGD
 from fastai.vision.augment import Resize
-from fastai.vision.core import imagenet_stats
+from fastai.vision.core import TensorImage, imagenet_stats
 from fastai.vision.data import ImageBlock
 from PIL import Image, ImageDraw
+from torchvision.models import resnet18
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from common import options, parse, save, show
 from methods import Augment
 from rounds import Method, interleave, lines_of
+from s9_fastai.augment.batch import BatchAugment
 from s9_fastai.augment.policies import get_policy
 from s9_fastai.data.cache import cache_folder, fastai_dir
+from s9_fastai.data.images import square_pixels
 from s9_fastai.data.loaders import image_dls
 
 CLASSES = 10
@@ -92,18 +100,52 @@ def make_first(key, folder, **kwargs):
     return run
 
 
-def measure(args, size, make, unit):
-    "Interleaved rounds of all loaders at one size"
+def make_training(key, **kwargs):
+    "An epoch of a resnet18 with validation: plain with fastai's loader, `to_fast` with ours"
+    learn = Learner(LOADERS[key](**kwargs), resnet18(num_classes=CLASSES), CrossEntropyLossFlat(), opt_func=SGD, metrics=accuracy)
+    if key != 'fastai': learn.to_fast()
+    def run():
+        begun = perf_counter()
+        with learn.no_bar(), learn.no_logging(): learn.fit(1, 0.01)
+        return dict(training=perf_counter() - begun)
+    return run
+
+
+def make_policy(key, folder, size, policy, bs, workers):
+    "Microseconds an image for the augmentation of a batch, in memory"
+    files = [f for _, f in zip(range(bs), sorted(folder.rglob('*.jpg')))]
+    images = np.stack([square_pixels(f, size) for f in files])
+    compose = get_policy(policy, size, (0.5, 0.5, 0.5))
+    whole, batch, rng = BatchAugment.from_compose(compose), TensorImage(torch.from_numpy(images).permute(0, 3, 1, 2)), np.random.default_rng(0)
+    def on_batch():
+        batch.keys = rng.integers(0, 2**62, bs).astype(np.uint64)
+        return whole(batch, split_idx=0)
+    def on_items(): return np.stack([compose(image=o)['image'] for o in images])
+    def run():
+        begun = perf_counter()
+        for _ in range(20): on_batch() if key == 'batch' else on_items()
+        return dict(policy=(perf_counter() - begun)/(20*bs)*1e6)
+    return run
+
+
+#: What makes a repetition, its unit, and the loaders that are compared; of whole trainings only the faster of ours
+MEASURES = {'loading': (make_epochs, 'images/s', ('fastai', 'item', 'batch')), 'first': (make_first, 's', ('fastai', 'item', 'batch')),
+            'training': (make_training, 's', ('fastai', 'batch')), 'policy': (make_policy, 'us an image', ('item', 'batch'))}
+
+
+def measure(args, size):
+    "Interleaved rounds of the loaders at one size"
+    make, unit, keys = MEASURES[args.measure]
     folder, group = write_photos(args.images, max(args.photo, size)), []
-    for key, title in TITLES.items():
+    for key in keys:
         kwargs = dict(key=key, folder=folder, size=size, policy=args.policy, bs=args.bs, workers=args.workers)
         settings = {k: v for k, v in kwargs.items() if k not in ('key', 'folder')} | dict(images=args.images, photo=max(args.photo, size))
-        group.append(Method(title, make, kwargs, settings, args.threads))
+        group.append(Method(TITLES[key], make, kwargs, settings, args.threads))
     interleave(group, args.repeats)
-    lines = lines_of(group, unit)
+    lines = lines_of(group, {args.measure: unit})
     save(lines, args.out)
     print(f'\n{args.images:,} photos of {max(args.photo, size)} pixels at {size} pixels')
-    show(lines, TITLES['fastai'])
+    show(lines, TITLES[keys[0]])
 
 
 def main():
@@ -114,11 +156,9 @@ def main():
     p.add_argument('--policy', default='reference', help='augmentation')
     p.add_argument('--bs', type=int, default=64, help='images a batch')
     p.add_argument('--workers', type=int, default=0, help='processes that make batches')
-    p.add_argument('--first', action='store_true', help='the first epoch, with the cache, in place of later ones')
+    p.add_argument('--measure', choices=[*MEASURES], default='loading', help='what is measured')
     args = parse(p)
-    for size in args.sizes:
-        if args.first: measure(args, size, make_first, {'first': 's'})
-        else: measure(args, size, make_epochs, {'loading': 'images/s'})
+    for size in args.sizes: measure(args, size)
 
 
 if __name__ == '__main__': main()

@@ -11,6 +11,7 @@ from pathlib import Path
 from fastai.data.core import DataLoaders
 
 from .recipe import Recipe
+from ..cifar.archives import is_cifar_archive
 from ..cifar.facts import SIZE
 from ..cifar.hundred import cifar100_data, cifar100_root
 from ..cifar.layouts import is_cifar10
@@ -20,12 +21,14 @@ from ..data.arrays import split_dls
 from ..data.items import TABLES
 from ..data.loaders import image_dls
 from ..data.memory import idx_files, memory_data, read_idx
+from ..data.unpack import is_archive
 
 # %% ../../nbs/72_app.data.ipynb #c66fa545
 def _is_cifar(path):
     if path is None or str(path) == 'sample': return True
     path = Path(path).expanduser()
-    return is_cifar10(path) if path.is_dir() else path.suffix.lower() not in TABLES
+    if path.is_dir(): return is_cifar10(path)
+    return is_cifar_archive(path) if is_archive(path) else path.suffix.lower() not in TABLES
 
 def _arrays(path, **how):
     "The `ArrayData` of CIFAR-100, or of a data set like MNIST, in the folder `path`; None where there is none"
@@ -59,7 +62,7 @@ def _columns(data, names):
     return Columns(**names)
 
 def recipe_dls(
-    data, # A folder of images, a table, CIFAR-10, or 'sample'; None: CIFAR-10, searched for
+    data, # A folder or archive of images, a table, CIFAR-10, or 'sample'; None: CIFAR-10, searched for
     recipe:Recipe, # Its fields for images and loaders
     skip_bad:bool=False, # Leave image files out that cannot be read? Else they are an error
     classes=None, # Text file with a class on each line; None: sorted

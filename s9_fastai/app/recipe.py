@@ -23,7 +23,7 @@ from .checked import checked, field_range
 from ..augment.policies import AUGMENTS, POLICIES, check_augmentation
 from ..cifar.facts import SIZE
 from ..cifar.loaders import cifar_dls
-from ..data.decode import Stored
+from ..data.stored import Stored
 from ..data.images import RESIZES, fitted
 from ..data.items import folder_items
 from ..core.checks import FRACTION, check_choice, range_text

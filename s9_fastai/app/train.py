@@ -19,7 +19,8 @@ from ..core.paths import check_new_dir, run_path
 def _check_data(path, resume):
     who = ''
     if path is None and resume is None: path, who = os.environ.get('S9_CIFAR10') or None, 'S9_CIFAR10: '
-    if path is not None and str(path) != 'sample': data_path(path, who, 'a folder of images, a table, CIFAR-10')
+    if path is None or str(path) == 'sample': return
+    data_path(path, who, 'a folder or an archive of images, a table, CIFAR-10')
 
 def check_paths(
     data=None, # Option of `s9_train`; None: not given, here and below
@@ -56,7 +57,7 @@ def check_together(
 
 # %% ../../nbs/79_app.train.ipynb #cd7b00a4
 def s9_train(
-    data:str=None, # Folder of images, table, CIFAR-10 or 'sample' (2,500 of its images); default: CIFAR-10, downloaded
+    data:str=None, # Folder, table or archive of images, CIFAR-10 or 'sample' (a part of it); default: CIFAR-10
     recipe:str=None, # Settings of the run; default: sample for --data sample, else stated
     teacher:str=None, # For --distill: a finished run or a teacher.safetensors; default: the logits in the package
     seed:int=None, # Fixes weights, order, augmentation and dropout; default: 42

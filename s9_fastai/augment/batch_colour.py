@@ -8,7 +8,7 @@ __all__ = ['BatchDropout', 'BatchErasing', 'BatchBrightnessContrast', 'BatchGrey
 # %% ../../nbs/12_augment.batch_colour.ipynb #c7b68296
 from dataclasses import dataclass
 
-import numpy as np, torch
+import cv2, numpy as np, torch
 from fastcore.basics import patch
 
 from .batch_ops import BatchOp, _beside, _between, _colour, _words
@@ -41,6 +41,7 @@ class BatchDropout(BatchOp):
     ): return _cut(x, holes, self.fill)
 
     def apply_mask(self, x, holes): return _marked(x, holes, self.fill_mask)
+    def one(self, x, holes): return _cut_one(x, holes, self.fill)
 
 # %% ../../nbs/12_augment.batch_colour.ipynb #b968d3f6
 @patch
@@ -64,6 +65,13 @@ def _cut(x, holes, fill):
     fill = _beside(x, np.tile(_colour(fill, c), w), np.uint8)  # (W*C,)
     out = (words ^ _words(fill)).bitwise_and_(hole).bitwise_xor_(words)
     return out.view(torch.uint8).view(b, h, w, c)
+
+def _cut_one(x, holes, fill):
+    "The image `x` with its `holes` (holes, 4) of the colour `fill`, in place"
+    colour = _colour(fill, x.shape[2]).tolist()
+    for left, top, right, bottom in holes.tolist():
+        if right > left and bottom > top: cv2.rectangle(x, (left, top), (right - 1, bottom - 1), colour, cv2.FILLED)
+    return x
 
 # %% ../../nbs/12_augment.batch_colour.ipynb #72513762
 def _marked(x, holes, fill):
@@ -101,6 +109,7 @@ class BatchErasing(BatchOp):
 
     def apply(self, x, holes): return _cut(x, holes, self.fill)
     def apply_mask(self, x, holes): return _marked(x, holes, self.fill_mask)
+    def one(self, x, holes): return _cut_one(x, holes, self.fill)
 
 # %% ../../nbs/12_augment.batch_colour.ipynb #ab4bdffc
 @dataclass(frozen=True)
@@ -126,6 +135,11 @@ class BatchBrightnessContrast(BatchOp):
         x = x.float()
         if not self.by_max: beta = beta*x.mean((1, 2, 3), keepdim=True)/255
         return x.mul_(alpha).add_(beta).clamp_(0, 255).to(torch.uint8)
+
+    def one(self, x, alpha, beta):
+        if not self.by_max: beta = beta*x.mean()/255
+        values = np.arange(256, dtype=np.float32)*np.float32(alpha) + np.float32(beta*255)
+        return cv2.LUT(x, values.clip(0, 255).astype(np.uint8), dst=x)
 
 # %% ../../nbs/12_augment.batch_colour.ipynb #20befbe8
 def _grey(x):

@@ -8,11 +8,16 @@ __all__ = ['BatchAffine', 'BatchCrop', 'BatchPad']
 # %% ../../nbs/12_augment.batch_geometry.ipynb #ab44977f
 from dataclasses import dataclass
 
-import numpy as np, torch
+import cv2, numpy as np, torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
 from .batch_ops import BatchOp, _beside, _between, _colour, _inside
+
+# %% ../../nbs/12_augment.batch_geometry.ipynb #3ea98291
+_borders = {'constant': cv2.BORDER_CONSTANT, 'replicate': cv2.BORDER_REPLICATE, 'reflect_101': cv2.BORDER_REFLECT_101}
+
+def _values(fill, c): return _colour(fill, c).tolist()
 
 # %% ../../nbs/12_augment.batch_geometry.ipynb #306fbb07
 @dataclass(frozen=True)
@@ -41,6 +46,11 @@ class BatchAffine(BatchOp):
         _, h, w, _ = x.shape
         return self._sampled(x, *self.grid(h, w, scale, shift, rotate))
 
+    def one(self, x, scale, shift, rotate):
+        h, w, c = x.shape
+        return cv2.warpAffine(x, self.matrix(h, w, scale, shift, rotate), (w, h), flags=cv2.INTER_LINEAR,
+                              borderMode=_borders[self.border], borderValue=_values(self.fill, c))
+
 # %% ../../nbs/12_augment.batch_geometry.ipynb #92f3e1c3
 @patch
 def grid(self:BatchAffine, h, w, scale, shift, rotate):
@@ -49,6 +59,15 @@ def grid(self:BatchAffine, h, w, scale, shift, rotate):
     kx, ky = 2/(scale.T*np.maximum([[w - 1], [h - 1]], 1))
     dx, dy = np.arange(w) - (w - 1)/2 - shift[:, :1], np.arange(h) - (h - 1)/2 - shift[:, 1:]
     return np.stack([cos*kx, sin*ky])[..., None]*dx, np.stack([-sin*kx, cos*ky])[..., None]*dy
+
+# %% ../../nbs/12_augment.batch_geometry.ipynb #9a1e0fe4
+@patch
+def matrix(self:BatchAffine, h, w, scale, shift, rotate):
+    "Where the pixels of an image go: a matrix (2, 3)"
+    cos, sin = np.cos(np.deg2rad(rotate)), np.sin(np.deg2rad(rotate))
+    turned = np.array([[cos, sin], [-sin, cos]])*scale  # (2, 2)
+    mid = np.array([w - 1, h - 1])/2
+    return np.c_[turned, mid + shift - turned @ mid]
 
 # %% ../../nbs/12_augment.batch_geometry.ipynb #4da597ed
 _padding = {'constant': 'zeros', 'replicate': 'border', 'reflect_101': 'reflection'}  # OpenCV's word: torch's
@@ -106,6 +125,10 @@ class BatchCrop(BatchOp):
         chosen = tuple(_beside(x, o) for o in (np.arange(len(x)), y, x0))
         return windows.permute(0, 1, 2, 4, 5, 3)[chosen].contiguous()
 
+    def one(self, x, y=None, x0=None):
+        if not self.random: y, x0 = (x.shape[0] - self.height)//2, (x.shape[1] - self.width)//2
+        return x[y:y+self.height, x0:x0+self.width]
+
 # %% ../../nbs/12_augment.batch_geometry.ipynb #0cfdba2c
 @dataclass(frozen=True)
 class BatchPad(BatchOp):
@@ -120,6 +143,13 @@ class BatchPad(BatchOp):
     def size(self, h, w): return max(h, self.height), max(w, self.width)
 
     def apply(self, x): return self._padded(x, self.fill)
+
+    def one(self, x):
+        (h, w, c), (height, width) = x.shape, self.size(*x.shape[:2])
+        top, left = (height - h)//2, (width - w)//2
+        return cv2.copyMakeBorder(x, top, height - h - top, left, width - w - left, _borders[self.border],
+                                  value=_values(self.fill, c))
+
     def apply_mask(self, x): return self._padded(x, self.fill_mask)
 
     def _padded(self, x, fill):

@@ -8,7 +8,7 @@ __all__ = ['BatchResize', 'BatchResizedCrop']
 # %% ../../nbs/13_augment.batch_resize.ipynb #56782a28
 from dataclasses import dataclass
 
-import numpy as np, torch
+import cv2, numpy as np, torch
 import torch.nn.functional as F
 
 from .batch_ops import BatchOp, _beside
@@ -47,6 +47,10 @@ class BatchResize(BatchOp):
     def apply_mask(self, x, box=None):
         rows, cols = (_beside(x, o, np.int64) for o in self._places(x, box, nearest=True))
         return x[_beside(x, np.arange(len(x)))[:, None, None], rows[..., None], cols[:, None]]
+
+    def one(self, x, box=None):
+        top, left, h, w = (0, 0, *x.shape[:2]) if box is None else box
+        return cv2.resize(x[top:top+h, left:left+w], (self.width, self.height), interpolation=cv2.INTER_LINEAR)
 
     def _places(self, x, box, nearest=False):
         if box is None: box = np.tile([0, 0, *x.shape[1:3]], (len(x), 1))

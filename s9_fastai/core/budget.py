@@ -22,6 +22,8 @@ class Budget:
     begun:float = field(default_factory=time.thread_time) # When the first step was taken
     steps:int = 0 # Steps so far
 
+    def __post_init__(self): self.limits = dict(members=self.members, names=self.names, data=self.data)
+
 # %% ../../nbs/05_core.budget.ipynb #a528149f
 class OverBudget(ValueError): "An archive that takes more work than it may; the message has the limit"
 
@@ -35,13 +37,24 @@ def spend(self:Budget,
     "Take the work of a step from the budget; `OverBudget` where there is not enough left"
     for k, n, what in (('members', members, 'members'), ('names', names, 'bytes of names'), ('data', data, 'bytes')):
         left = getattr(self, k) - n
-        if left < 0: raise OverBudget(f'more than {getattr(type(self), k)} {what}')
+        if left < 0: raise OverBudget(f'more than {self.limits[k]} {what}')
         setattr(self, k, left)
     self.steps += 1
     if self.steps % 2**10: return  # to read the clock may take longer than the step
     if time.thread_time() - self.begun > self.seconds: raise OverBudget(f'more than {self.seconds:.0f} s of work')
 
 # %% ../../nbs/05_core.budget.ipynb #5f288973
+def _list_length(f, end, at):
+    "Members that the zip file `f` lists, and bytes of that list, by the record at `at` of `end`, its last bytes"
+    n, size = struct.unpack('<HI', end[at + 10:at + 16])
+    if n < 2**16 - 1 and size < 2**32 - 1: return n, size
+    locator = end[max(0, at - 20):at]
+    if locator[:4] != b'PK\6\7': raise zipfile.BadZipFile('the length of its list is missing')
+    f.seek(struct.unpack('<Q', locator[8:16])[0])
+    record = f.read(56)
+    if len(record) < 56 or record[:4] != b'PK\6\6': raise zipfile.BadZipFile('the length of its list is damaged')
+    return struct.unpack('<QQ', record[32:48])
+
 def check_zip(
     f, # An open file
     budget:Budget, # From which its members are taken
@@ -52,8 +65,8 @@ def check_zip(
     end = f.read()
     at = end.rfind(b'PK\5\6')
     if not 0 <= at <= len(end) - 22: raise zipfile.BadZipFile('no zip file, or cut short')
-    n, size = struct.unpack('<HI', end[at + 10:at + 16])
-    budget.spend(budget.members + 1 if n == 2**16 - 1 else n, names=size)  # that number stands for more
+    n, size = _list_length(f, end, at)
+    budget.spend(n, names=size)
     with zipfile.ZipFile(f) as z: found = z.infolist()
     budget.spend(max(len(found) - n, 0), data=sum(m.file_size for m in found))
     return found

@@ -8,7 +8,7 @@ __all__ = ['RESIZE_NAMES', 'ImageSpec', 'Split']
 # %% ../../nbs/09_core.spec.ipynb #5178c240
 import json
 from dataclasses import asdict, dataclass, fields
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from fastcore.basics import patch
@@ -74,5 +74,5 @@ def batch(self:ImageSpec,
 # %% ../../nbs/09_core.spec.ipynb #b3041355
 class Split(NamedTuple):
     "Images and labels of a part of a data set"
-    images: np.ndarray  # (N, H, W, C) uint8, read-only
+    images: Any  # (N, H, W, C) uint8, read-only: an array, or what stands in its place as `FileImages` does
     labels: np.ndarray  # (N,) int64, places in the classes; (N, classes) uint8, 0 or 1, where an image can have several

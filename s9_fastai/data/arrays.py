@@ -28,7 +28,7 @@ from ..augment.keyed import KeyedDL
 from ..augment.keys import item_seed, under_key
 from ..augment.policies import augmentation
 from .loader import RowNormalize, hold_out
-from .readers import ArrayData, ClassReader, PixelReader
+from .readers import ArrayData, ClassReader, FitSize, PixelReader
 from .source import Source
 
 # %% ../../nbs/27_data.arrays.ipynb #8fc10045
@@ -61,7 +61,7 @@ def is_direct(self:ArrayDL):
     "Are items and transforms those of `array_block`?"
     own = {'create_item', 'create_batch', 'do_batch', 'retain'} & vars(self).keys()  # functions that were given
     return (type(self) is ArrayDL and _are_ours(self.dataset)
-            and {type(t) for t in _tfms(self.after_item)} <= {AlbumentationsTransform, ToTensor}
+            and {type(t) for t in _tfms(self.after_item)} <= {AlbumentationsTransform, FitSize, ToTensor}
             and not own and not _tfms(self.before_batch) and self.bs
             and all(issubclass(t, Integral) for t in {*map(type, getattr(self.dataset, 'items', ()))}))
 
@@ -72,11 +72,15 @@ def whole_batches(self:ArrayDL):
     return any(isinstance(t, BatchAugment) for t in _tfms(self.after_batch))
 
 # %% ../../nbs/27_data.arrays.ipynb #fa273bbb
+def _has_effect(t, split_idx):
+    "Does the item transform `t` change images of that split?"
+    return t.pipe(split_idx) if isinstance(t, AlbumentationsTransform) else isinstance(t, FitSize) and split_idx
+
 @patch
 def augmented(self:ArrayDL, x, chunk):
-    "`x` (B, H, W, C) through Albumentations, image by image; a tensor if the pipeline ends with `ToTensorV2`"
+    "`x` (B, H, W, C) through the item transforms, one by one; a tensor if the pipeline ends with `ToTensorV2`"
     split_idx = self.after_item.split_idx
-    tfms = [t for t in _tfms(self.after_item) if isinstance(t, AlbumentationsTransform) and t.pipe(split_idx)]
+    tfms = [t for t in _tfms(self.after_item) if _has_effect(t, split_idx)]
     if not tfms: return x
     def draw(o): return compose_tfms(o, tfms, split_idx=split_idx)
     x = [under_key(draw, o, item_seed(self.seed, self.epoch, *at)) for o, at in zip(x, chunk)]
@@ -110,12 +114,13 @@ def array_block(
     spec, is_multi = data.spec, data.parts[0].labels.ndim > 1
     tfm = augmentation(*args, size=spec.size, mean=spec.mean, **kwargs)
     on_items = isinstance(tfm, AlbumentationsTransform)
+    is_larger = data.parts[0].images.shape[1] > spec.size
     block = TransformBlock(item_tfms=ToTensor, batch_tfms=IntToFloatTensor)
     vocab = [*spec.classes]
     return DataBlock(
         blocks=(block, MultiCategoryBlock(vocab=vocab) if is_multi else CategoryBlock(vocab=vocab, sort=False)),
         dl_type=ArrayDL, splitter=IndexSplitter(valid), get_x=PixelReader(data), get_y=ClassReader(data),
-        item_tfms=tfm if on_items else None,
+        item_tfms=[*([tfm] if on_items else []), *([FitSize(spec)] if is_larger else [])],
         batch_tfms=[*([] if on_items else [tfm]), RowNormalize.from_stats(spec.mean, spec.std)])
 
 # %% ../../nbs/27_data.arrays.ipynb #a5847d49

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['fastai_dir', 'cache_folder', 'fingerprint', 'new_array', 'seal', 'write_entry', 'read_entry', 'build_entry',
-           'cache_errors', 'remove_entry', 'kept_entry']
+           'cache_errors', 'remove_entry', 'kept_entry', 'entry_key', 'remove_older']
 
 # %% ../../nbs/23_data.cache.ipynb #857f24ef
 import hashlib, json, os, shutil, warnings
@@ -179,3 +179,24 @@ def kept_entry(
         with cache_errors(dst.parent): build_entry(write, dst)
     try: return read(dst)
     except ValueError as e: raise OSError(f'{e} and cannot be replaced; remove it, or choose another cache_dir') from e
+
+# %% ../../nbs/23_data.cache.ipynb #c5bffc2a
+def _digest(data): return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+def entry_key(
+    kind:str, # Of the entry, such as 'images'
+    place, # What it is made from, a path
+    how, # How it is made: any value that `repr` tells apart
+    state, # Of the files there, such as names, sizes and times: any value that `repr` tells apart
+)->str: # Such as `images-0123456789abcdef-0123456789abcdef`
+    "The name of an entry; an OSError where links go round in circles"
+    where = os.fsencode(Path(place).resolve()) + repr(how).encode()
+    return f'{kind}-{_digest(b"format 1" + where)}-{_digest(repr(state).encode())}'
+
+# %% ../../nbs/23_data.cache.ipynb #eb2d2f53
+def remove_older(
+    dst:Path, # The entry that is in use
+):
+    "Remove the entries of the same place but for `dst`"
+    for p in dst.parent.glob(dst.name.rpartition('-')[0] + '-*'):
+        if p != dst: remove_entry(p)

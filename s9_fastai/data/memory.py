@@ -15,7 +15,7 @@ from ..core.files import open_input
 from ..core.spec import ImageSpec, Split
 from ..core.text import is_there, shown
 from .cache import fingerprint
-from .decode import Stored
+from .stored import Stored
 from .images import square_pixels
 from .readers import ArrayData
 
