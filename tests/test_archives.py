@@ -112,7 +112,7 @@ def bomb(tmp_path):
 
 faults = {
     'a name above its folder': (lambda d: zipped(d, '../evil.png'), "member '../evil.png' is refused (it points out of the archive)"),
-    'an absolute name': (lambda d: zipped(d, '/tmp/evil.png'), 'is refused (it points out of the archive)'),
+    'an absolute name': (lambda d: zipped(d, '/evil.png'), 'is refused (it points out of the archive)'),
     'a drive of Windows': (lambda d: zipped(d, 'C:evil.png'), 'is refused (it points out of the archive)'),
     'a link in a zip file': (lambda d: zipped(d, link()), 'is refused (a link or a device)'),
     'a link in a tar archive': (lambda d: tarred(d, type=tarfile.SYMTYPE, linkname='/etc/passwd'), 'is refused (a link or a device)'),
