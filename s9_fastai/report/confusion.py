@@ -82,8 +82,9 @@ def plot_confusion(
     ax = new_axes(ax, (side + 2.2, side + 1.2), 'compressed')
     wrong = _draw_cells(ax, m)
     unit = {'true': ', % of the true class', 'pred': ', % of the predicted class', None: ''}[normalize]
-    bar = ax.figure.colorbar(wrong, ax=ax, shrink=0.7, format=(lambda v, _: f'{100*v:g}') if normalize else None)
-    bar.set_label(f'mistakes{unit}', fontsize=9)
+    if wrong.get_array().count():
+        bar = ax.figure.colorbar(wrong, ax=ax, shrink=0.7, format=(lambda v, _: f'{100*v:g}') if normalize else None)
+        bar.set_label(f'mistakes{unit}', fontsize=9)
     cell = _name_classes(ax, outputs.classes)
     fits = _draw_numbers(ax, m, wrong, cell, normalize is not None)
     note = unit if fits else '; the numbers are in confusion(outputs)'
