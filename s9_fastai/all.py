@@ -26,8 +26,17 @@ from s9_fastai.nets.pretrained import *
 from s9_fastai.nets.tta import *
 from s9_fastai.report.trace import Row
 from s9_fastai.report.summary import *
+from s9_fastai.report.intervals import Share, wilson
+from s9_fastai.report.outputs import Outputs, outputs_of
 from s9_fastai.report.plots import *
 from s9_fastai.report.mistakes import *
+from s9_fastai.report.calibration import *
+from s9_fastai.report.confusion import *
+from s9_fastai.report.coverage import *
+from s9_fastai.report.losses import *
+from s9_fastai.report.paired import *
+from s9_fastai.report.scores import *
+from s9_fastai.report.several import *
 from s9_fastai.cifar.facts import CLASSES, MEAN, STD, Cifar10, Split
 from s9_fastai.cifar.cache import *
 from s9_fastai.cifar.download import *
