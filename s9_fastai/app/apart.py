@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['transforms_apart']
 
-# %% ../../nbs/72_app.apart.ipynb #2ff56893
+# %% ../../nbs/72_app.apart.ipynb #350e5817
 from copy import copy, deepcopy
 from dataclasses import fields, replace
 
@@ -17,7 +17,7 @@ from ..augment.item import AlbumentationsTransform
 from ..core.generators import random_kept
 from ..core.kept import kept
 
-# %% ../../nbs/72_app.apart.ipynb #1e92775e
+# %% ../../nbs/72_app.apart.ipynb #5bdb6bca
 def _only(t, i):
     "The `AlbumentationsTransform` `t` with its transform number `i` alone, always applied"
     t = deepcopy(t)
@@ -34,7 +34,7 @@ def _only_op(t, op):
     t.ops, t.p = (replace(op, p=1.) if 'p' in {f.name for f in fields(op)} else op,), 1.
     return t
 
-# %% ../../nbs/72_app.apart.ipynb #3c7e9aaf
+# %% ../../nbs/72_app.apart.ipynb #572514ef
 def _parts(t):
     "Pairs of name and transform: the parts of `t`; none where it works on validation items too"
     if isinstance(t, AlbumentationsTransform):
@@ -44,7 +44,7 @@ def _parts(t):
     is_part = isinstance(t, AffineCoordTfm) or getattr(t, 'split_idx', None) == 0
     return [(type(t).__name__, t)] if is_part else []
 
-# %% ../../nbs/72_app.apart.ipynb #08e72e04
+# %% ../../nbs/72_app.apart.ipynb #d149a036
 def _with_only(dl, old, part):
     "The loader `dl` with `part` in place of its transform `old`, and no other parts"
     def kept_ones(pipe): return [part if t is old else t for t in pipe.fs if t is old or not _parts(t)]
@@ -52,7 +52,7 @@ def _with_only(dl, old, part):
     seed = {'seed': dl.seed} if 'seed' in vars(dl) else {}
     with random_kept(), kept([dl]): return dl.new(**own, **seed)
 
-# %% ../../nbs/72_app.apart.ipynb #906076d3
+# %% ../../nbs/72_app.apart.ipynb #99d08a9e
 def transforms_apart(
     dls:DataLoaders, # Of fastai, with any augmentation
 )->dict: # Name of a transform -> `DataLoaders` whose training loader has it alone, in the order of the transforms

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['EXPERIMENT', 'compare_runs', 'plot_runs']
 
-# %% ../../nbs/79_app.compare.ipynb #521543ff
+# %% ../../nbs/79_app.compare.ipynb #1478ca0a
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -16,11 +16,11 @@ from .run import open_run
 from ..core.text import shown
 from ..report.compare import RunComparison, compare_histories, plot_comparison
 
-# %% ../../nbs/79_app.compare.ipynb #f0494388
+# %% ../../nbs/79_app.compare.ipynb #f4fb681f
 #: The history of the original experiment, 100 epochs
 EXPERIMENT = Path(str(resources.files('s9_fastai')))/'assets'/'experiment.csv'
 
-# %% ../../nbs/79_app.compare.ipynb #a841c545
+# %% ../../nbs/79_app.compare.ipynb #bab48fb8
 def _history(path):
     "The history in `path`, a file or a run folder; FileNotFoundError where there is none"
     path = Path(path)
@@ -36,13 +36,13 @@ def _names(paths):
     twice = next(nm for nm in names if names.count(nm) > 1)
     raise ValueError(f'{twice} is given more than once: name each run once')
 
-# %% ../../nbs/79_app.compare.ipynb #30d1e8c7
+# %% ../../nbs/79_app.compare.ipynb #b7068391
 def _settings(path):
     "All settings of the run in the folder `path`, and what else is in its record"
     run = open_run(path)
     return {**run.record, **asdict(run.options), **asdict(run.recipe)}
 
-# %% ../../nbs/79_app.compare.ipynb #86161bd6
+# %% ../../nbs/79_app.compare.ipynb #6a01983b
 def compare_runs(
     folders:Sequence, # Run folders, or `history.csv` files, such as `EXPERIMENT`
 )->RunComparison: # `curves`, `settings` that differ, and `scores`
@@ -53,7 +53,7 @@ def compare_runs(
     settings = {nm: _settings(p) for nm, p in zip(names, folders) if Path(p).is_dir()}
     return compare_histories(histories, settings)
 
-# %% ../../nbs/79_app.compare.ipynb #dee5f7ab
+# %% ../../nbs/79_app.compare.ipynb #ce50a27a
 def plot_runs(
     folders:Sequence, # As for `compare_runs`
     path=None, # PNG file to write; None: none is written

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['augmented_items', 'show_augmentations']
 
-# %% ../../nbs/39_report.augmentations.ipynb #c772c65d
+# %% ../../nbs/39_report.augmentations.ipynb #c7569c9f
 from collections.abc import Mapping
 from contextlib import contextmanager
 
@@ -19,7 +19,7 @@ from ..core.kept import kept
 from .inputs import _check_items, _check_loader, _pipes, plain_loader
 from .plots import Picture, save_picture
 
-# %% ../../nbs/39_report.augmentations.ipynb #65f0569b
+# %% ../../nbs/39_report.augmentations.ipynb #5a3f6d50
 @contextmanager
 def _item_loader(dl, idx):
     "A loader of item `idx` of the training loader `dl` alone, augmented, while the block runs; `dl` stays as it is"
@@ -28,7 +28,7 @@ def _item_loader(dl, idx):
     with random_kept(), kept([dl, *_pipes(dl)]):
         yield dl.new(get_idxs=lambda: [idx], bs=1, shuffle=False, drop_last=False, num_workers=0, **seed)
 
-# %% ../../nbs/39_report.augmentations.ipynb #9a078431
+# %% ../../nbs/39_report.augmentations.ipynb #f216f364
 def augmented_items(
     dls:DataLoaders, # With any augmentation, of items or of batches
     idx:int=0, # Item of the training set
@@ -39,7 +39,7 @@ def augmented_items(
     _check_items(dls, [idx], 0)
     with _item_loader(dls.train, idx) as dl: return [first(dl) for _ in range(n)]
 
-# %% ../../nbs/39_report.augmentations.ipynb #1b0d41ca
+# %% ../../nbs/39_report.augmentations.ipynb #be853f0e
 def _draw(ax, dl, b, title):
     "The only item of the batch `b` on `ax`"
     dl.show_batch(b, max_n=1, ctxs=[ax])
@@ -54,7 +54,7 @@ def _draw_row(axs, dls, idx, name, titles):
     for ax, b, title in zip(axs[1:], versions, titles[1:]): _draw(ax, dls.train, b, title)
     axs[0].annotate(name, (-0.1, 0.5), xycoords='axes fraction', ha='right', va='center', fontsize=8, parse_math=False)
 
-# %% ../../nbs/39_report.augmentations.ipynb #43c2cd02
+# %% ../../nbs/39_report.augmentations.ipynb #82b19838
 def show_augmentations(
     dls:DataLoaders|Mapping[str, DataLoaders], # Of images; or several by name, a row for each
     idx:int=0, # Item of the training set

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['model_of', 'Call', 'noted', 'as_map', 'block_maps']
 
-# %% ../../nbs/37_report.calls.ipynb #0696d972
+# %% ../../nbs/37_report.calls.ipynb #2aac50e5
 import math
 from contextlib import ExitStack, contextmanager
 from typing import NamedTuple
@@ -14,7 +14,7 @@ import torch
 from fastai.learner import Learner
 from torch import nn
 
-# %% ../../nbs/37_report.calls.ipynb #2eb44250
+# %% ../../nbs/37_report.calls.ipynb #27153fe0
 def model_of(
     model:nn.Module|Learner, # Any module, or a Learner, whose model is taken
 )->nn.Module:
@@ -23,14 +23,14 @@ def model_of(
     if isinstance(model, nn.Module): return model
     raise TypeError(f'model is a {type(model).__name__}: give an nn.Module or a Learner')
 
-# %% ../../nbs/37_report.calls.ipynb #961cfafd
+# %% ../../nbs/37_report.calls.ipynb #e18815d8
 class Call(NamedTuple):
     "One call of a module"
     name:str # Of the module, as in `named_modules`; '' for the model itself
     module:nn.Module # The module
     out:torch.Tensor # What it returned
 
-# %% ../../nbs/37_report.calls.ipynb #20984244
+# %% ../../nbs/37_report.calls.ipynb #8459fda8
 @contextmanager
 def noted(
     model:nn.Module, # Any module
@@ -45,7 +45,7 @@ def noted(
         for m in names: stack.callback(m.register_forward_hook(note).remove)
         yield calls
 
-# %% ../../nbs/37_report.calls.ipynb #5794c8e4
+# %% ../../nbs/37_report.calls.ipynb #51965f78
 def _alike(hw, size):
     "Were height and width of an image of `size` reduced alike, to `hw`, by some stride and perhaps a border?"
     (h, w), (H, W) = hw, size
@@ -56,7 +56,7 @@ def _grid(n, size):
     h = round(math.sqrt(n*size[0]/size[1]))
     return (h, n//h) if h and n % h == 0 and _alike((h, n//h), size) else None
 
-# %% ../../nbs/37_report.calls.ipynb #dad0ff58
+# %% ../../nbs/37_report.calls.ipynb #9e07090e
 def _token_map(out, size):
     "Tokens (N, L, C) as a map; None where they are none"
     for n in (0, 1, 2, 5):  # tokens ahead of the places: none; class; class and distillation; class and registers
@@ -64,7 +64,7 @@ def _token_map(out, size):
             return out[:, n:].transpose(1, 2).unflatten(2, grid)  # (N, C, h, w)
     return None
 
-# %% ../../nbs/37_report.calls.ipynb #c1b1185e
+# %% ../../nbs/37_report.calls.ipynb #3cad5967
 def as_map(
     out:torch.Tensor, # Output of a module
     size:tuple, # Height and width of the images, in pixels
@@ -75,13 +75,13 @@ def as_map(
     if _alike(out.shape[2:], size): return out
     return out.permute(0, 3, 1, 2) if _alike(out.shape[1:3], size) else None
 
-# %% ../../nbs/37_report.calls.ipynb #204f7e8f
+# %% ../../nbs/37_report.calls.ipynb #16020215
 def _parts_of(names, name):
     "Does the module `name` lie in one of `names`?"
     parts = name.split('.')
     return any('.'.join(parts[:i]) in names for i in range(1, len(parts)))
 
-# %% ../../nbs/37_report.calls.ipynb #42e9ab2a
+# %% ../../nbs/37_report.calls.ipynb #74a3f72e
 def block_maps(
     calls:list, # `Call`s, from `noted`
     size:tuple, # Height and width of the images, in pixels

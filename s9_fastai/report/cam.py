@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['ClassMaps', 'class_maps', 'grad_cam', 'plot_cam', 'plot_cam_mistakes']
 
-# %% ../../nbs/39_report.cam.ipynb #cae9a00f
+# %% ../../nbs/39_report.cam.ipynb #266e42d2
 from collections.abc import Sequence
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -23,7 +24,7 @@ from .mistakes import misclassified
 from .plots import Picture, save_picture
 from .summary import _eval_mode
 
-# %% ../../nbs/39_report.cam.ipynb #c3151723
+# %% ../../nbs/39_report.cam.ipynb #6cda43a9
 def _check_x(x):
     "TypeError or ValueError unless `x` is a batch of images in floats"
     if not isinstance(x, torch.Tensor): raise TypeError(f'x is a {type(x).__name__}: give a tensor (N, C, H, W)')
@@ -33,7 +34,7 @@ def _check_x(x):
     if not x.is_floating_point():
         raise ValueError(f'x is {str(x.dtype)[6:]}, but must be floats as the network takes them: normalize the images')
 
-# %% ../../nbs/39_report.cam.ipynb #63de465d
+# %% ../../nbs/39_report.cam.ipynb #cb2a581c
 def _logits(out, x):
     "The outputs `out` of a network for the images `x` as one logit a class (N, classes)"
     ok = isinstance(out, torch.Tensor) and out.ndim in (2, 4) and len(out) == len(x)
@@ -42,7 +43,7 @@ def _logits(out, x):
     raise ValueError(f'the output is {found} for {len(x)} images, but must be logits (N, classes) or (N, classes, '
                      'H, W): give the part of the network that has these')
 
-# %% ../../nbs/39_report.cam.ipynb #dd039a36
+# %% ../../nbs/39_report.cam.ipynb #34788d62
 def _classes_of(target, logits):
     "The class of each image, int64 (N,)"
     n, k = logits.shape
@@ -53,7 +54,7 @@ def _classes_of(target, logits):
                          'the predicted ones')
     return t.long().expand(n)
 
-# %% ../../nbs/39_report.cam.ipynb #e9666f90
+# %% ../../nbs/39_report.cam.ipynb #8c23b9f1
 def _name_of(model, layer):
     "The dotted name of `layer`, a module or a name"
     names = {m: n for n, m in model.named_modules()}
@@ -63,7 +64,7 @@ def _name_of(model, layer):
     raise ValueError(f'layer is {shown}, which is no module of the model: choose one of its named_modules(), such as '
                      f'{", ".join(list(names.values())[1:4])}')
 
-# %% ../../nbs/39_report.cam.ipynb #ba29054a
+# %% ../../nbs/39_report.cam.ipynb #7eb840c6
 def _named_map(calls, name, size):
     "The `Call` of the module `name` and its map; a ValueError where there is not exactly one"
     found = [c for c in calls if c.name == name]
@@ -77,7 +78,7 @@ def _named_map(calls, name, size):
     raise ValueError(f'layer {name!r} puts out {tuple(out.shape)}, which is no map of images of {size[0]}x'
                      f'{size[1]} pixels: choose a layer with (N, C, h, w), (N, h, w, C) or tokens (N, L, C)')
 
-# %% ../../nbs/39_report.cam.ipynb #f6ad99a2
+# %% ../../nbs/39_report.cam.ipynb #c01c818a
 def _last_map(found, grads):
     "The last of `found`, pairs of `Call` and map, that is fine enough and has a gradient other than 0"
     used = [(p, g) for p, g in zip(found, grads) if g is not None and g.any() and p[1].shape[2:] != (1, 1)]
@@ -86,7 +87,7 @@ def _last_map(found, grads):
     raise ValueError('no block of the model that is called once has a map of more than 1x1 places: give larger images, '
                      'the network inside, or layer=')
 
-# %% ../../nbs/39_report.cam.ipynb #37b4f4e4
+# %% ../../nbs/39_report.cam.ipynb #ac41ca98
 class ClassMaps(NamedTuple):
     "Grad-CAM of images, each for one class"
     maps:torch.Tensor # (N, h, w), 0 or above, the sum of channels as it is
@@ -94,7 +95,7 @@ class ClassMaps(NamedTuple):
     logits:torch.Tensor # The outputs of the model (N, classes)
     layer:str # Name of the layer
 
-# %% ../../nbs/39_report.cam.ipynb #ed889386
+# %% ../../nbs/39_report.cam.ipynb #288fa5dc
 def _gradients(model, x, layer, target):
     "Pairs of `Call` and map, the gradients of the calls, logits and classes"
     with noted(model) as calls: out = model(x)
@@ -110,7 +111,7 @@ def _gradients(model, x, layer, target):
     grads = [g if g is None or m.shape == g.shape else as_map(g, size) for (_, m), g in zip(found, grads)]
     return found, grads, logits.detach(), targets
 
-# %% ../../nbs/39_report.cam.ipynb #56aad15d
+# %% ../../nbs/39_report.cam.ipynb #a8d92696
 def class_maps(
     model:nn.Module|Learner, # Any network for images, or a Learner, whose model is taken
     x:torch.Tensor, # Images as the network takes them: floats (N, C, H, W), on any device
@@ -130,12 +131,12 @@ def class_maps(
     maps = (g.float().mean((2, 3), keepdim=True)*m.detach().float()).sum(1).relu()  # (N, h, w)
     return ClassMaps(maps.as_subclass(torch.Tensor), targets, logits, call.name)
 
-# %% ../../nbs/39_report.cam.ipynb #744f61a1
+# %% ../../nbs/39_report.cam.ipynb #7e59ece7
 def _scaled(maps):
     "`maps` (N, h, w), each divided by its highest value, where that is above 0"
     return maps/maps.amax((1, 2), keepdim=True).clamp(min=torch.finfo(maps.dtype).tiny)
 
-# %% ../../nbs/39_report.cam.ipynb #67a29850
+# %% ../../nbs/39_report.cam.ipynb #0716cc88
 def grad_cam(
     model:nn.Module|Learner, # Any network for images, or a Learner, whose model is taken
     x:torch.Tensor, # Images as the network takes them: floats (N, C, H, W), on any device
@@ -145,7 +146,7 @@ def grad_cam(
     "Grad-CAM of the images `x`; errors as `class_maps`"
     return _scaled(class_maps(model, x, layer, target).maps)
 
-# %% ../../nbs/39_report.cam.ipynb #2de62ba6
+# %% ../../nbs/39_report.cam.ipynb #7454230e
 def _grey(image): return image.mean(-1) if image.ndim == 3 else image
 
 def _draw_map(ax, image, m):
@@ -156,7 +157,7 @@ def _draw_map(ax, image, m):
     ax.set_axis_off()
     return ax
 
-# %% ../../nbs/39_report.cam.ipynb #c73cb36b
+# %% ../../nbs/39_report.cam.ipynb #7fd48493
 def _probs(model, logits):
     "Probabilities (N, classes) of `logits`"
     loss = getattr(model, 'loss_func', None)
@@ -168,7 +169,7 @@ def _names(model, classes):
     classes = getattr(getattr(model, 'dls', None), 'vocab', None) if classes is None else classes
     return lambda i: str(classes[i]) if classes is not None and i < len(classes) else str(i)
 
-# %% ../../nbs/39_report.cam.ipynb #b329a907
+# %% ../../nbs/39_report.cam.ipynb #8a3f3d7f
 def plot_cam(
     model:nn.Module|Learner, # Any network for images, or a Learner
     x, # One image as the network takes it, (C, H, W) or (1, C, H, W); of a Learner also the index of a validation item
@@ -179,7 +180,7 @@ def plot_cam(
     ax:Axes|None=None, # Where to draw; None: a new picture
 )->Axes:
     "One image under its map, with the class and its probability; errors as `class_maps` and `seen_items`"
-    if isinstance(model, Learner) and isinstance(x, int): x, _, (image,) = seen_items(model.dls, [x])
+    if isinstance(model, Learner) and isinstance(x, Integral): x, _, (image,) = seen_items(model.dls, [x])
     x = x[None] if isinstance(x, torch.Tensor) and x.ndim == 3 else x
     cams = class_maps(model, x, layer, target)
     i = int(cams.targets[0])
@@ -188,13 +189,13 @@ def plot_cam(
     ax.set_title(f'{_names(model, classes)(i)} ({_probs(model, cams.logits)[0, i]:.0%})', fontsize=9, parse_math=False)
     return ax
 
-# %% ../../nbs/39_report.cam.ipynb #6ad79005
+# %% ../../nbs/39_report.cam.ipynb #a10629f6
 def _number(learn, name):
     "The number of the class `name`, a name in the vocabulary of `learn`, or already a number"
     vocab = [*getattr(learn.dls, 'vocab', ())]
     return vocab.index(name) if name in vocab else int(name)
 
-# %% ../../nbs/39_report.cam.ipynb #c5e800a0
+# %% ../../nbs/39_report.cam.ipynb #255f7566
 def _draw_mistake(axs, learn, seen, i, row, layer):
     "Item `i` of `seen`, a mistake described in `row`: the image and two maps"
     x, image = seen.x[i:i+1], seen.images[i]
@@ -205,7 +206,7 @@ def _draw_mistake(axs, learn, seen, i, row, layer):
         plot_cam(learn, x, layer, _number(learn, name), image, ax=ax)
         ax.set_title(f'{what}: {ax.get_title()}', fontsize=9, parse_math=False)
 
-# %% ../../nbs/39_report.cam.ipynb #4d189d6b
+# %% ../../nbs/39_report.cam.ipynb #b294c9a0
 def plot_cam_mistakes(
     learn:Learner, # As for `misclassified`; its items are images
     n:int=4, # Mistakes to show, 1 or more; fewer are shown where fewer are wrong

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['RunComparison', 'compare_histories', 'plot_comparison']
 
-# %% ../../nbs/38_report.compare.ipynb #ee8680da
+# %% ../../nbs/38_report.compare.ipynb #de5883ad
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -14,14 +14,14 @@ from matplotlib.figure import Figure
 
 from .plots import Picture, _names, _score, _tidy, read_history, save_picture
 
-# %% ../../nbs/38_report.compare.ipynb #5471eccf
+# %% ../../nbs/38_report.compare.ipynb #33d820fa
 class RunComparison(NamedTuple):
     "Several runs side by side"
     curves:pd.DataFrame # A row for each epoch of each run: `run`, then the columns of `read_history`
     settings:pd.DataFrame # A row for each setting that differs, a column for each run that has settings
     scores:pd.DataFrame # A row for each run: epochs, last and best values
 
-# %% ../../nbs/38_report.compare.ipynb #e18a1226
+# %% ../../nbs/38_report.compare.ipynb #f60e32b6
 def _scores(df):
     "The row of one history"
     nm = f'valid_{_score(df)}'
@@ -30,7 +30,7 @@ def _scores(df):
     return {'epochs': int(last.epoch), nm: last[nm], f'best_{nm}': df[nm][best], 'best_epoch': int(df.epoch[best]),
             nm.replace('valid', 'train'): last[nm.replace('valid', 'train')], 'valid_loss': last.valid_loss}
 
-# %% ../../nbs/38_report.compare.ipynb #790b0dc1
+# %% ../../nbs/38_report.compare.ipynb #23a72b9f
 def _differences(settings):
     "A row for each setting that is not the same in all of `settings`, by name of the run"
     keys = dict.fromkeys(k for o in settings.values() for k in o)
@@ -38,7 +38,7 @@ def _differences(settings):
     rows = {k: vs for k, vs in rows.items() if any(type(v) is not type(vs[0]) or v != vs[0] for v in vs)}
     return pd.DataFrame.from_dict(rows, orient='index', columns=[*settings], dtype=object)
 
-# %% ../../nbs/38_report.compare.ipynb #1265d904
+# %% ../../nbs/38_report.compare.ipynb #8200b512
 def compare_histories(
     histories:Mapping, # Name of a run -> its history, a path or a DataFrame as for `read_history`
     settings:Mapping|None=None, # Name of a run -> its settings, a dictionary; None: there are none
@@ -55,7 +55,7 @@ def compare_histories(
     known = {nm: settings[nm] for nm in histories if nm in settings}
     return RunComparison(curves, _differences(known), pd.DataFrame({nm: _scores(df) for nm, df in read.items()}).T)
 
-# %% ../../nbs/38_report.compare.ipynb #3f0a07f2
+# %% ../../nbs/38_report.compare.ipynb #9524f59d
 _palette = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#8C6D31'
 
 def _styles(comparison):
@@ -72,7 +72,7 @@ def _draw_runs(ax, comparison, column, scale=1., **style):
         own = {**own, **style, 'marker': '.' if len(df) == 1 else None, 'label': nm}
         if column in df: ax.plot(df.epoch, scale*df[column], **own)
 
-# %% ../../nbs/38_report.compare.ipynb #9be57b64
+# %% ../../nbs/38_report.compare.ipynb #55d9634e
 def _label(comparison, nm, score):
     "The name of a run with its last score"
     value = comparison.scores.loc[nm].get(f'valid_{score}')
@@ -86,7 +86,7 @@ def _legend(fig, ax, comparison, score):
                         ncols=min(4, len(lines)), frameon=False)
     for t in legend.get_texts(): t.set_parse_math(False)
 
-# %% ../../nbs/38_report.compare.ipynb #282ba7e4
+# %% ../../nbs/38_report.compare.ipynb #a8033a3c
 def plot_comparison(
     comparison:RunComparison, # From `compare_histories`
     path=None, # PNG file to write; None: none is written

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['features', 'similar', 'plot_similar', 'suspicious_labels']
 
-# %% ../../nbs/39_report.features.ipynb #487a53b1
+# %% ../../nbs/39_report.features.ipynb #923b39c0
 from contextlib import contextmanager, nullcontext
 
 import numpy as np, pandas as pd, torch
@@ -23,7 +23,7 @@ from .inputs import plain_loader, seen_items
 from .plots import Picture, save_picture
 from .summary import _eval_mode
 
-# %% ../../nbs/39_report.features.ipynb #98b625e8
+# %% ../../nbs/39_report.features.ipynb #97e2ae1d
 @contextmanager
 def _noted_inputs(model):
     "A list that has the input of the last call of a linear layer, while the block runs"
@@ -42,7 +42,7 @@ def _rows(h, n):
     raise ValueError(f'the input of the last linear layer is {found} for {n} images, but must be (N, D): give a '
                      'classifier that ends with nn.Linear')
 
-# %% ../../nbs/39_report.features.ipynb #d3db7db9
+# %% ../../nbs/39_report.features.ipynb #6d680e1a
 def features(
     model:nn.Module|Learner, # A classifier that ends with `nn.Linear`, or a Learner, whose model is taken
     dl, # A loader of fastai, of training or validation images; or any iterable of batches
@@ -60,7 +60,7 @@ def features(
     if not found: raise ValueError('the loader has no batch: give one with images')
     return torch.cat(found)
 
-# %% ../../nbs/39_report.features.ipynb #b5ea8a4c
+# %% ../../nbs/39_report.features.ipynb #cb0ef18d
 def _check_features(name, f):
     "ValueError unless `f` are features (N, D)"
     if isinstance(f, torch.Tensor) and f.ndim == 2 and len(f) and f.isfinite().all(): return
@@ -76,7 +76,7 @@ def _check_both(a, b, k):
     n = len(b) - (a is b)
     if k > n: raise ValueError(f'k is {k}, but there are {n} images to choose from: take a lower k')
 
-# %% ../../nbs/39_report.features.ipynb #bf3caade
+# %% ../../nbs/39_report.features.ipynb #ac58021e
 def similar(
     features:torch.Tensor, # Of the images that are asked about (N, D)
     train_features:torch.Tensor, # Of the images to choose from (M, D); the same object: each without itself
@@ -92,7 +92,7 @@ def similar(
         found.append(cosines.topk(k))
     return tuple(torch.cat(o) for o in zip(*found))
 
-# %% ../../nbs/39_report.features.ipynb #de197b6f
+# %% ../../nbs/39_report.features.ipynb #ff92da4d
 def _class_names(dls, ys):
     "The names of the classes `ys`, of a `vocab` if there is one; '' for other targets"
     vocab = getattr(dls, 'vocab', None)
@@ -104,7 +104,7 @@ def _draw_image(ax, image, title):
     ax.set_title(title, fontsize=8, parse_math=False)
     ax.set_axis_off()
 
-# %% ../../nbs/39_report.features.ipynb #2eacd34a
+# %% ../../nbs/39_report.features.ipynb #b420aaba
 def plot_similar(
     learn:Learner, # A classifier of images that ends with `nn.Linear`
     idx:int, # Item of the validation set
@@ -125,7 +125,7 @@ def plot_similar(
         _draw_image(ax, image, f'{names[i] if names else ""}\n{cosines[0, i]:.2f} (item {idxs[0, i]})')
     return save_picture(fig, path)
 
-# %% ../../nbs/39_report.features.ipynb #0dc8468d
+# %% ../../nbs/39_report.features.ipynb #034009a9
 def _check_probs(probs, targets):
     "Probabilities float64 (N, C) and targets int64 (N,) as arrays; a ValueError for others"
     p, y = (np.asarray(o.detach().cpu() if isinstance(o, torch.Tensor) else o) for o in (probs, targets))
@@ -140,7 +140,7 @@ def _check_probs(probs, targets):
                          'the sum 1: for logits give logits.softmax(1)')
     return p.astype(np.float64), y.astype(np.int64)
 
-# %% ../../nbs/39_report.features.ipynb #da894737
+# %% ../../nbs/39_report.features.ipynb #f6fc4ab8
 def _margins(p, y):
     "Probability of each label, the highest other one, and the class of that"
     own, others = p[np.arange(len(y)), y], p.copy()
@@ -155,7 +155,7 @@ def _agreement(f, y, k):
     "The share of the `k` nearest of each row of the features `f` that have its label"
     return (y[similar(f, f, k)[1].numpy()] == y[:, None]).mean(1)
 
-# %% ../../nbs/39_report.features.ipynb #370cb320
+# %% ../../nbs/39_report.features.ipynb #05088f30
 def suspicious_labels(
     probs, # Probabilities (N, C) of a network that was not trained on these images, a tensor or an array
     targets, # Their labels (N,), whole numbers from 0

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FieldMap', 'field_maps', 'plot_field']
 
-# %% ../../nbs/38_report.field_map.ipynb #94b4fcad
+# %% ../../nbs/38_report.field_map.ipynb #6a6cab54
 import math, re
 from typing import NamedTuple
 
@@ -21,7 +21,7 @@ from .inputs import pictures
 from .plots import Picture, save_picture
 from .summary import _eval_mode, _trace
 
-# %% ../../nbs/38_report.field_map.ipynb #79cbb090
+# %% ../../nbs/38_report.field_map.ipynb #fa2497be
 _as_is = re.compile('((leaky_|p|r)?relu6?|c?elu|[sg]elu|silu|mish|(hard|log)?(sigmoid|tanh|swish)|softplus|'
                     'clamp(_m(in|ax))?|(alpha_|feature_)?dropout[123]?d?|(batch|group|layer|instance|rms|local_response)_norm)_?')
 
@@ -32,7 +32,7 @@ def _even(o):
     if isinstance(o, (tuple, list)) and not hasattr(o, '_fields'): return type(o)(map(_even, o))
     return {k: _even(v) for k, v in o.items()} if isinstance(o, dict) else o
 
-# %% ../../nbs/38_report.field_map.ipynb #493d6c0e
+# %% ../../nbs/38_report.field_map.ipynb #43c56e68
 class _Even(TorchFunctionMode):
     "While active, functions work on even weights, without activations, norms and maxima"
     def __torch_function__(self, func, types, args=(), kwargs=None):
@@ -48,7 +48,7 @@ def _mean_pool(x, kernel_size, stride=None, padding=0, dilation=1, ceil_mode=Fal
     pool = {3: nn.functional.avg_pool1d, 4: nn.functional.avg_pool2d, 5: nn.functional.avg_pool3d}[x.ndim]
     return pool(x, kernel_size, stride or kernel_size, padding, ceil_mode)
 
-# %% ../../nbs/38_report.field_map.ipynb #b50c726a
+# %% ../../nbs/38_report.field_map.ipynb #48fd057b
 def _image(image):
     "One image or its size as a shape (C, H, W) and a picture"
     if isinstance(image, torch.Tensor) and image.ndim == 4 and len(image) == 1: image = image[0]
@@ -58,7 +58,7 @@ def _image(image):
     shown = f'a tensor {tuple(image.shape)}' if isinstance(image, torch.Tensor) else repr(image)
     raise ValueError(f'image is {shown}, but must be one image (C, H, W) or its size, such as (3, 32, 32)')
 
-# %% ../../nbs/38_report.field_map.ipynb #c81e0314
+# %% ../../nbs/38_report.field_map.ipynb #6a3f6a39
 class FieldMap(NamedTuple):
     "What the unit in the middle of a layer sees"
     name:str # Of the layer
@@ -75,7 +75,7 @@ class FieldMap(NamedTuple):
         "Height and width"
         return tuple(b - a + 1 for a, b in zip(*[iter(self.box or _extent(self.seen))]*2))
 
-# %% ../../nbs/38_report.field_map.ipynb #1b3fa8d2
+# %% ../../nbs/38_report.field_map.ipynb #38b58b42
 def _extent(seen):
     "First and last row, first and last column of the pixels `seen`"
     rows, cols = np.flatnonzero(seen.any(1)), np.flatnonzero(seen.any(0))
@@ -86,7 +86,7 @@ def _box(spans, hw):
     if not spans or len(spans) != 2: return None
     return tuple(o + n//2*s.jump for s, n in zip(spans, hw) for o in (s.start, s.stop))
 
-# %% ../../nbs/38_report.field_map.ipynb #10367507
+# %% ../../nbs/38_report.field_map.ipynb #ebf16311
 def _boxes(model, shape):
     "The squares of all modules by name, from one forward pass"
     p = next(model.parameters(), torch.empty(0))
@@ -103,7 +103,7 @@ def _paths(m, x):
     paths = g[0].abs().sum(0).cpu().numpy()  # (H, W)
     return paths/(paths.max() or 1)
 
-# %% ../../nbs/38_report.field_map.ipynb #52ae5ca5
+# %% ../../nbs/38_report.field_map.ipynb #d2e56d17
 def _chosen(calls, layers, size):
     "Pairs of name and map: of `layers`, or of all blocks"
     if layers is None: return [(c.name, m) for c, m in block_maps(calls, size)]
@@ -118,7 +118,7 @@ def _growing(found):
     "Those of `found` whose field is another than that of the one before"
     return [f for i, f in enumerate(found) if not i or f.box != found[i - 1].box or f.box is None]
 
-# %% ../../nbs/38_report.field_map.ipynb #8a7e3ead
+# %% ../../nbs/38_report.field_map.ipynb #237acc0c
 def field_maps(
     model:nn.Module|Learner, # Any network for images, or a Learner, whose model is taken
     image, # One image as the network takes it, a tensor (C, H, W); or its size, such as (3, 32, 32)
@@ -134,7 +134,7 @@ def field_maps(
         found = [FieldMap(nm, _paths(m, x), boxes.get(nm)) for nm, m in _chosen(calls, layers, shape[1:])]
     return _growing(found) if layers is None else found
 
-# %% ../../nbs/38_report.field_map.ipynb #bc50dc9e
+# %% ../../nbs/38_report.field_map.ipynb #09fefdbb
 _blue, _orange = (0, 0.447, 0.698), '#D55E00'
 
 def _limits(field):
@@ -155,7 +155,7 @@ def _draw_field(ax, field, image):
     ax.set_axis_off()
     ax.set_title(f'{field.name}: {field.size[0]}x{field.size[1]}', fontsize=8, parse_math=False)
 
-# %% ../../nbs/38_report.field_map.ipynb #8e36aa22
+# %% ../../nbs/38_report.field_map.ipynb #52e855ad
 def plot_field(
     model:nn.Module|Learner, # Any network for images, or a Learner, whose model is taken
     image, # One image as the network takes it, a tensor (C, H, W); or its size, such as (3, 32, 32)

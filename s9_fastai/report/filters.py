@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['first_filters', 'plot_filters']
 
-# %% ../../nbs/38_report.filters.ipynb #5a51794e
+# %% ../../nbs/38_report.filters.ipynb #d153d8d4
 import math
 
 import numpy as np
@@ -16,7 +16,7 @@ from torch import nn
 from .calls import model_of
 from .plots import Picture
 
-# %% ../../nbs/38_report.filters.ipynb #d7d73b63
+# %% ../../nbs/38_report.filters.ipynb #7219a8c0
 def first_filters(
     model:nn.Module|Learner, # Any network for images, or a Learner, whose model is taken
 )->np.ndarray: # (filters, channels, height, width)
@@ -26,7 +26,7 @@ def first_filters(
     if conv is None: raise ValueError('the model has no nn.Conv2d: give a network for images that has one')
     return conv.weight.detach().float().cpu().numpy()
 
-# %% ../../nbs/38_report.filters.ipynb #ba556914
+# %% ../../nbs/38_report.filters.ipynb #e6a1455f
 def _tiles(w):
     "Tiles (filters, rows, kh, kw, colours) from 0 to 1 of the weights `w` (filters, channels, kh, kw)"
     top = np.abs(w).max((1, 2, 3), keepdims=True)
@@ -44,7 +44,7 @@ def _mosaic(tiles, cols):
     rows = np.pad(rows, ((0, 0), (0, more), (0, 0), (0, 0)), constant_values=1)
     return rows.reshape(-1, cols*(w + 1), 3)[:-1 - more, :-1]
 
-# %% ../../nbs/38_report.filters.ipynb #2426cb7c
+# %% ../../nbs/38_report.filters.ipynb #fa22988a
 def plot_filters(
     model:nn.Module|Learner, # Any network for images, or a Learner, whose model is taken
     cols:int|None=None, # Filters in a row; None: so many that the picture is nearly square

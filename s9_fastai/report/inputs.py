@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['plain_loader', 'pictures', 'Seen', 'seen_items']
 
-# %% ../../nbs/38_report.inputs.ipynb #7497c4c4
+# %% ../../nbs/38_report.inputs.ipynb #324195a4
 from contextlib import contextmanager, nullcontext
 from typing import NamedTuple
 
@@ -17,7 +17,7 @@ from fastcore.basics import first
 from ..core.generators import random_kept
 from ..core.kept import kept
 
-# %% ../../nbs/38_report.inputs.ipynb #bf9fb852
+# %% ../../nbs/38_report.inputs.ipynb #b482d160
 def _pipes(dl):
     "The pipelines of `dl`, and the transforms in them"
     pipes = [getattr(dl, nm, None) for nm in ('after_item', 'before_batch', 'after_batch')]
@@ -27,7 +27,7 @@ def _check_loader(dl):
     if isinstance(dl, DataLoader): return
     raise TypeError(f'the loader is a {type(dl).__name__}, but must be a DataLoader of fastai: give dls.train')
 
-# %% ../../nbs/38_report.inputs.ipynb #21fb4b42
+# %% ../../nbs/38_report.inputs.ipynb #f6afd743
 @contextmanager
 def plain_loader(
     dl:DataLoader, # A loader of fastai, of training or of validation items
@@ -39,7 +39,7 @@ def plain_loader(
         plain = getattr(dl.dataset, 'set_split_idx', lambda i: nullcontext())  # 1: as for validation, not augmented
         with plain(1): yield dl.new(shuffle=False, drop_last=False, **kwargs)
 
-# %% ../../nbs/38_report.inputs.ipynb #e5a1f62a
+# %% ../../nbs/38_report.inputs.ipynb #950896ae
 def pictures(
     x:torch.Tensor, # Images (N, C, H, W): bytes, or floats of any range
 )->list: # N float arrays, (H, W, 3) in colour or (H, W) in grey, from 0 to 1
@@ -52,14 +52,14 @@ def pictures(
     x = ((x - low)/(high - low).clamp(min=1e-12)).permute(0, 2, 3, 1).numpy()  # (N, H, W, C)
     return [*(x if x.shape[3] == 3 else x.mean(3))]
 
-# %% ../../nbs/38_report.inputs.ipynb #1bced902
+# %% ../../nbs/38_report.inputs.ipynb #14f403bc
 class Seen(NamedTuple):
     "Items as a network sees them"
     x:torch.Tensor # The inputs (N, C, H, W), on the device of the loaders
     y:tuple # The targets, one tensor for each
     images:list # N float arrays, (H, W, 3) or (H, W), from 0 to 1
 
-# %% ../../nbs/38_report.inputs.ipynb #8683f543
+# %% ../../nbs/38_report.inputs.ipynb #817407f9
 def _check_items(dls, idxs, ds_idx):
     "ValueError for a set or an item that is not there"
     if ds_idx not in range(len(dls.loaders)):
@@ -74,7 +74,7 @@ def _check_images(x):
     found = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
     raise ValueError(f'a batch begins with {found}, but must begin with images (N, C, H, W): give loaders of images')
 
-# %% ../../nbs/38_report.inputs.ipynb #5559d521
+# %% ../../nbs/38_report.inputs.ipynb #6e908d4e
 def seen_items(
     dls:DataLoaders, # Of images
     idxs, # Indices of items in the set, in any order
