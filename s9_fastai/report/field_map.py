@@ -23,7 +23,8 @@ from .summary import _eval_mode, _trace
 
 # %% ../../nbs/38_report.field_map.ipynb #fa2497be
 _as_is = re.compile('((leaky_|p|r)?relu6?|c?elu|[sg]elu|silu|mish|(hard|log)?(sigmoid|tanh|swish)|softplus|'
-                    'clamp(_m(in|ax))?|(alpha_|feature_)?dropout[123]?d?|(batch|group|layer|instance|rms|local_response)_norm)_?')
+                    'clamp(_m(in|ax))?|(alpha_|feature_)?dropout[123]?d?|'
+                    '(batch|group|layer|instance|rms|local_response)_norm)_?')
 
 def _even(o):
     "`o`, a parameter or a collection of arguments, with one value above 0 in each parameter"
