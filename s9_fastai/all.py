@@ -37,6 +37,13 @@ from s9_fastai.report.losses import *
 from s9_fastai.report.paired import *
 from s9_fastai.report.scores import *
 from s9_fastai.report.several import *
+from s9_fastai.report.inputs import *
+from s9_fastai.report.cam import *
+from s9_fastai.report.field_map import *
+from s9_fastai.report.filters import *
+from s9_fastai.report.features import *
+from s9_fastai.report.augmentations import *
+from s9_fastai.report.compare import *
 from s9_fastai.cifar.facts import CLASSES, MEAN, STD, Cifar10, Split
 from s9_fastai.cifar.cache import *
 from s9_fastai.cifar.download import *
@@ -64,3 +71,5 @@ from s9_fastai.app.learner import *
 from s9_fastai.app.training import *
 from s9_fastai.app.train import *
 from s9_fastai.app.predict import *
+from s9_fastai.app.apart import *
+from s9_fastai.app.compare import *
