@@ -19,8 +19,10 @@ from .inputs import class_counts
 from ..core.files import read_input, replacing
 from ..core.signals import Stopped
 from ..core.text import shown
+from .page import class_lines, write_page
 from ..nets.saved import save_net
 from ..report.mistakes import plot_misclassified
+from ..report.outputs import Outputs
 from ..report.plots import plot_curves
 from ..resume.saved import ResumeError
 
@@ -49,8 +51,10 @@ def replace_changed(
 def finish(
     learn, # A trained `Learner`
     run_dir:Path, # Its run folder
+    record:dict|None=None, # Settings for the report; None: there are none
+    outputs:Outputs|None=None, # Of the validation images; None: they are computed
 )->list: # Names of the files that were written
-    "Write weights and figures of `learn` to `run_dir`; `CannotWrite` if that fails"
+    "Write weights, figures and report of `learn` to `run_dir`; `CannotWrite` if that fails"
     with TemporaryDirectory() as tmp:
         tmp = Path(tmp)
         recipe, spec = learn.recipe, learn.dls.source.spec
@@ -59,6 +63,7 @@ def finish(
         plot_curves(run_dir/'history.csv', tmp/'curves.png', learn.recorder.lrs)
         if not spec.is_multi:
             with learn.no_bar(): plot_misclassified(learn, path=tmp/'misclassified.png')
+        write_page(learn, run_dir, record or {}, tmp/'report.html', outputs, learn.recorder.lrs)
         return [f.name for f in sorted(tmp.iterdir()) if replace_changed(f, run_dir/f.name)]
 
 # %% ../../nbs/76_app.results.ipynb #259f8555
@@ -137,13 +142,14 @@ def result_lines(
 def closing_lines(
     learn, # A trained `Learner`
     run_dir:Path, # Its run folder
+    outputs:Outputs, # Of the validation images
 )->list: # Of texts
     "The result, what to compare it with, and the next commands"
-    lines = result_lines(learn)
+    lines = result_lines(learn) + ([] if outputs.is_multi else class_lines(outputs))
     if learn.dls.source.path == 'sample':
         reached = ' and '.join(f'{nm} gives {v}%' for nm, v in REACHED.items())
         lines += [f'that was with {len(learn.dls.train_ds):,} training images, a sample of the 50,000 of CIFAR-10',
                   f'with all of them, the recipe {reached}',
                   'next: s9_train --recipe fast (finds CIFAR-10, or downloads it: 168 MB)']
     return [*lines, f'your own images: s9_predict IMAGE... {shell_command("--run", run_dir)}',
-            f'the whole run is in {shown(run_dir)}']
+            f'the report: {shown(Path(run_dir)/"report.html")}', f'the whole run is in {shown(run_dir)}']

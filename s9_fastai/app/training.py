@@ -31,6 +31,7 @@ from ..core.environment import use_deterministic, use_threads
 from ..core.files import naming
 from ..core.paths import run_path
 from ..core.text import show_bars, shown
+from ..report.outputs import outputs_of
 from ..resume.saved import ResumeError, newest_checkpoint
 from ..training.distill import TeacherLogits, check_logits, check_teacher
 
@@ -179,8 +180,9 @@ def _quiet(learn, is_over):
 
 def _end(learn, run, is_over):
     "Write the last files and print the last lines"
-    written = finish(learn, run.path)
-    if not is_over: return print(*closing_lines(learn, run.path), sep='\n')
+    with learn.no_bar(): outputs = outputs_of(learn)
+    written = finish(learn, run.path, run.record, outputs)
+    if not is_over: return print(*closing_lines(learn, run.path, outputs), sep='\n')
     files = f'; written again: {", ".join(written)}' if written else ', and its files are unchanged'
     n = epochs_text(learn.recipe.epochs)
     print(f'{shown(run.path)} is finished: it has had its {n}{files}. A larger --epochs makes it longer')
