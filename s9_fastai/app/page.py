@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 import pandas as pd
+from fastai.callback import progress  # noqa: F401 (it gives every Learner its bars)
 from fastai.learner import Learner
 
 from ..core.files import replacing
