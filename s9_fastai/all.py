@@ -37,6 +37,7 @@ from s9_fastai.report.losses import *
 from s9_fastai.report.paired import *
 from s9_fastai.report.scores import *
 from s9_fastai.report.several import *
+from s9_fastai.report.loader import *
 from s9_fastai.report.inputs import *
 from s9_fastai.report.cam import *
 from s9_fastai.report.field_map import *

@@ -423,7 +423,7 @@ def test_no_items_and_other_loaders():
     with pytest.raises(ValueError, match='no items: choose the other with ds_idx'): misclassified(learn)
     assert len(misclassified(learn, 0)) > 0
     learn.dls.loaders[1] = [(torch.zeros(1), torch.zeros(1))]
-    with pytest.raises(TypeError, match='the loader is list, but must be a DataLoader of fastai'): misclassified(learn)
+    with pytest.raises(TypeError, match='the loader is a list, but must be a DataLoader of fastai'): misclassified(learn)
 
 
 def test_tabular():

@@ -7,7 +7,6 @@ __all__ = ['run_learner', 'evaluation', 's9_evaluate', 's9_report', 's9_compare'
 
 # %% ../../nbs/79_app.evaluate.ipynb #94bdce30
 import csv as csv_format, json as json_format, sys
-from pathlib import Path
 
 from .command import BadInput, run_command
 from .paths import recipe_path
@@ -77,7 +76,8 @@ def _compare(learners):
     "The paired test of two runs"
     from s9_fastai.report.outputs import outputs_of
     from s9_fastai.report.paired import mcnemar
-    print(f'the first against the second: {mcnemar(*map(outputs_of, learners))}')
+    first, second = map(outputs_of, learners)
+    print(f'the first against the second: {mcnemar(first, second)}')
 
 def s9_evaluate(
     *runs:str, # Folders of finished runs; two are compared by a paired test

@@ -14,18 +14,16 @@ from fastcore.basics import first
 from matplotlib.figure import Figure
 
 from ..core.checks import COUNT, check_number
-from ..core.generators import random_kept
-from ..core.kept import kept
-from .inputs import _check_items, _check_loader, _pipes, plain_loader
+from .inputs import _check_items
+from .loader import kept_loader, plain_loader
 from .plots import Picture, save_picture
 
 # %% ../../nbs/39_report.augmentations.ipynb #5a3f6d50
 @contextmanager
 def _item_loader(dl, idx):
     "A loader of item `idx` of the training loader `dl` alone, augmented, while the block runs; `dl` stays as it is"
-    _check_loader(dl)
-    seed = {'seed': dl.seed} if 'seed' in vars(dl) else {}
-    with random_kept(), kept([dl, *_pipes(dl)]):
+    with kept_loader(dl):
+        seed = {'seed': dl.seed} if 'seed' in vars(dl) else {}
         yield dl.new(get_idxs=lambda: [idx], bs=1, shuffle=False, drop_last=False, num_workers=0, **seed)
 
 # %% ../../nbs/39_report.augmentations.ipynb #f216f364

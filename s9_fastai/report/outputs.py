@@ -6,7 +6,7 @@
 __all__ = ['untouched', 'whole_set', 'Outputs', 'outputs_of', 'check_outputs']
 
 # %% ../../nbs/37_report.outputs.ipynb #c75f4444
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np, torch
@@ -18,6 +18,7 @@ from fastcore.foundation import CollBase
 
 from ..core.generators import random_kept
 from ..core.kept import kept
+from .loader import check_set, plain_loader
 
 # %% ../../nbs/37_report.outputs.ipynb #2d16f043
 @contextmanager
@@ -36,16 +37,8 @@ def whole_set(
     dl:DataLoader=None, # Other items, such as `learn.dls.test_dl(items, with_labels=True)`; None: those of `ds_idx`
 ): # A loader of fastai
     "All items of a set in their order, as for validation; ValueError where there is no such set"
-    n = len(learn.dls.loaders)
-    if ds_idx not in range(n):
-        raise ValueError(f'ds_idx is {ds_idx!r}, but must be from 0 to {n - 1}: 0 is training, 1 validation')
-    if dl is None: dl = learn.dls[ds_idx]
-    if not isinstance(dl, DataLoader):
-        raise TypeError(f'the loader is {type(dl).__name__}, but must be a DataLoader of fastai')
-    with untouched(learn), kept([dl]):
-        dl = dl.new(shuffle=False, drop_last=False)
-        plain = getattr(dl.dataset, 'set_split_idx', lambda i: nullcontext())  # 1: as for validation, not augmented
-        with plain(1): yield dl
+    check_set(learn.dls, ds_idx)
+    with untouched(learn), plain_loader(learn.dls[ds_idx] if dl is None else dl) as plain: yield plain
 
 # %% ../../nbs/37_report.outputs.ipynb #bd2a8ad7
 def _class_names(dls):
