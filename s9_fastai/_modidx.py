@@ -1317,6 +1317,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                      's9_fastai/nets/pretrained.py'),
                                            's9_fastai.nets.pretrained._read_file': ( 'nets.pretrained.html#_read_file',
                                                                                      's9_fastai/nets/pretrained.py'),
+                                           's9_fastai.nets.pretrained._scale_down': ( 'nets.pretrained.html#_scale_down',
+                                                                                      's9_fastai/nets/pretrained.py'),
                                            's9_fastai.nets.pretrained._timeout': ( 'nets.pretrained.html#_timeout',
                                                                                    's9_fastai/nets/pretrained.py'),
                                            's9_fastai.nets.pretrained._timm_weights': ( 'nets.pretrained.html#_timm_weights',

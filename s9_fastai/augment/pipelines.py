@@ -9,12 +9,13 @@ __all__ = ['check_pipeline', 'transforms_in', 'moving', 'in_places', 'check_targ
 # %% ../../nbs/13_augment.pipelines.ipynb #c08b8749
 import warnings
 
-import numpy as np, torch
+import cv2, numpy as np, torch
 from PIL import Image
 from fastai.torch_core import TensorCategory, TensorImageBase
 from fastai.vision.core import LabeledBBox, TensorBBox, TensorPoint
 
 import albumentations as A  # after fastai, whose star import would bring another A
+from albumentations.augmentations.crops.transforms import BaseCropAndPad
 from albumentations.augmentations.dropout.transforms import BaseDropout
 
 # %% ../../nbs/13_augment.pipelines.ipynb #6e2e56a9
@@ -114,14 +115,21 @@ def check_targets(
                     f'take {", ".join(names)} out, or {other}')
 
 # %% ../../nbs/13_augment.pipelines.ipynb #f97b071a
+_bordered = A.Affine, A.Rotate, A.Pad, BaseCropAndPad
+_mirrors = {cv2.BORDER_REFLECT: 'BORDER_REFLECT', cv2.BORDER_REFLECT_101: 'BORDER_REFLECT_101'}
+
 def check_points(
     pipe:A.BaseCompose, # A pipeline for images with points
 ):
-    "ValueError for a transform in `pipe` that loses points"
+    "ValueError for a transform in `pipe` that loses points, or adds some"
+    many = 'but all images of a batch need the same number of them'
     for t, _ in transforms_in(pipe):
-        if getattr(t, 'keypoint_remapping_method', None) != 'mask': continue
-        raise ValueError(f"{type(t).__name__}: keypoint_remapping_method is 'mask', which loses points, but all images "
-                         "of a batch need the same number of them: give it keypoint_remapping_method='direct'")
+        if getattr(t, 'keypoint_remapping_method', None) == 'mask':
+            raise ValueError(f"{type(t).__name__}: keypoint_remapping_method is 'mask', which loses points, {many}: "
+                             "give it keypoint_remapping_method='direct'")
+        if isinstance(t, _bordered) and t.border_mode in _mirrors and getattr(t, 'pad_if_needed', True):
+            raise ValueError(f'{type(t).__name__}: border_mode is cv2.{_mirrors[t.border_mode]}, which adds the '
+                             f'mirrored points, {many}: give it border_mode=cv2.BORDER_CONSTANT')
 
 # %% ../../nbs/13_augment.pipelines.ipynb #1e17cedc
 def _scaling(pipe):

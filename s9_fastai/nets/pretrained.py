@@ -106,14 +106,24 @@ def imagenet_weights(
         raise ValueError(f'the weights of {arch!r} cannot be downloaded ({one_line(e)}): fetch them from {address} on '
                          'another machine, and give the file as pretrained') from e
 
+# %% ../../nbs/32_nets.pretrained.ipynb #6d247248
+@torch.no_grad()
+def _scale_down(net, rest):
+    "Scale the linear layers of `net` among the tensors `rest` to torch's range, where their weights are larger"
+    for k in rest:
+        layer = net.get_submodule(k.rpartition('.')[0])
+        if not k.endswith('.weight') or not isinstance(layer, nn.Linear): continue
+        most = layer.in_features**-0.5
+        if layer.weight.abs().max() > most: layer.weight.mul_(most/layer.weight.abs().max())
+
 # %% ../../nbs/32_nets.pretrained.ipynb #41018bef
 def load_pretrained(
-    net:nn.Module, # From `build_net`; what does not fit stays as it is
+    net:nn.Module, # From `build_net`; what does not fit stays as it is, or is scaled down to torch's range
     pretrained, # A file (.safetensors, .pth, .pt or .bin), or 'imagenet' to download weights of `arch`
     arch:str='net', # What `net` was built as
     size:int|None=None, # As for `build_net`
 )->nn.Module: # `net`
     "Begin with pretrained weights; a warning that names what was not loaded, errors as `load_fitting`"
     weights = imagenet_weights(arch, size) if pretrained == 'imagenet' else _read_file(pretrained)
-    load_fitting(net, weights, pretrained)
+    _scale_down(net, load_fitting(net, weights, pretrained))
     return net
