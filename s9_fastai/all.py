@@ -3,6 +3,7 @@ from s9_fastai.core.environment import *
 from s9_fastai.core.weights import *
 from s9_fastai.augment.keys import *
 from s9_fastai.augment.keyed import *
+from s9_fastai.augment.advice import *
 from s9_fastai.augment.pixels import *
 from s9_fastai.augment.pipelines import *
 from s9_fastai.augment.targets import *
@@ -19,6 +20,7 @@ from s9_fastai.augment.batch import *
 from s9_fastai.augment.policies import *
 from s9_fastai.data.images import *
 from s9_fastai.data.loader import *
+from s9_fastai.data.readers import ImageArray
 from s9_fastai.nets.net import *
 from s9_fastai.nets.build import *
 from s9_fastai.nets.original import *

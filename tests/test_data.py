@@ -33,7 +33,7 @@ from s9_fastai.nets.net import Net
 from s9_fastai.training.schedule import StepLR
 from s9_fastai.cifar.readers import array_data
 from s9_fastai.data.readers import ClassReader, PixelReader
-from s9_fastai.data.images import ImageArray
+from s9_fastai.data.readers import ImageArray
 from s9_fastai.test_utils import synth_cifar
 import albumentations as A
 from albumentations.pytorch import ToTensorV2

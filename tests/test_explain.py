@@ -39,7 +39,8 @@ from s9_fastai.report.compare import compare_histories, plot_comparison
 from s9_fastai.report.features import features, plot_similar, similar, suspicious_labels
 from s9_fastai.report.field_map import field_maps, plot_field
 from s9_fastai.report.filters import first_filters, plot_filters
-from s9_fastai.report.inputs import pictures, plain_loader, seen_items
+from s9_fastai.report.inputs import pictures, seen_items
+from s9_fastai.report.loader import plain_loader
 from s9_fastai.report.mistakes import misclassified
 from s9_fastai.report.summary import summary
 from s9_fastai.test_utils import quiet, synth_cifar, synth_dls, synth_learner

@@ -111,6 +111,8 @@ ALLOWED = {  # a module, and what it may call
     'report.plots': ('read_csv', 'of bytes'),
     'resume.learner': ('read_text', 'the file of a CSVLogger, which is open'),
     **{k: ('load', 'of `TeacherLogits`') for k in ('app.teacher', 'app.training')},
+    'app.deploy': ('load', 'a file of `torch.export` that it has written'),
+    'nets.export': ('load', 'a file that it has written'),
     'app.options': ('read_text', "the package's own file"),
     **{k: ('open', 'the null device') for k in ('app.command', 'app.entry', 'core.signals')},
     'app.folder': ('open', 'the folder itself'),

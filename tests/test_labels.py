@@ -26,7 +26,7 @@ from torch import nn
 from s9_fastai.app.command import BadInput
 from s9_fastai.app.inputs import class_counts, several_labels
 from s9_fastai.app.learner import s9_learner
-from s9_fastai.app.predict import s9_predict
+from s9_fastai.app.predict import class_probabilities, s9_predict
 from s9_fastai.app.recipe import get_recipe
 from s9_fastai.app.run import open_run
 from s9_fastai.app.train import s9_train
@@ -302,7 +302,8 @@ def test_the_command_trains_on_several_labels(run):
 def test_predictions_are_sigmoids_of_each_class(run, tmp_path):
     path, _, _ = run
     files, out = sorted((path.parent/'images').iterdir()), StringIO()
-    with redirect_stdout(out): found = s9_predict(path.parent/'images', run=path, top=2)
+    with redirect_stdout(out): s9_predict(path.parent/'images', run=path, top=2)
+    found = class_probabilities(files, path)
     net, spec = open_run(path).net()
     assert spec.is_multi and spec.classes == tuple(sorted(TAGS))
     x = spec.batch(tagged()[0])

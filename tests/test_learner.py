@@ -58,6 +58,7 @@ from s9_fastai.app.recipe import Recipe, get_recipe
 from s9_fastai.training.record import EpochRecorder
 from s9_fastai.app.checked import field_kind, field_range
 from s9_fastai.app.run import option_values
+from s9_fastai.app.export import main_export, s9_export
 from s9_fastai.app.predict import main_predict, s9_predict
 from s9_fastai.test_utils import synth_cifar, synth_images
 from s9_fastai.app.train import main_summary, main_train, s9_summary, s9_train
@@ -726,7 +727,7 @@ def test_the_schedule_of_a_fit_needs_no_warning(mk):
 
 # --- the help
 
-mains = {'s9_train': main_train, 's9_summary': main_summary, 's9_predict': main_predict}
+mains = {'s9_train': main_train, 's9_summary': main_summary, 's9_predict': main_predict, 's9_export': main_export}
 
 
 @pytest.fixture
@@ -782,8 +783,8 @@ def test_the_help_fits_80_columns(typed, command):
     assert max(map(len, text.splitlines())) <= 80 and text.startswith(f'usage: {command} [options]') and '--version' in text
 
 
-flags = [(c, flag) for c, f in (('s9_train', s9_train), ('s9_summary', s9_summary), ('s9_predict', s9_predict))
-         for flag in command_parser(f, () if c == 's9_predict' else None)._option_string_actions if flag.startswith('--') and flag not in ('--pdb', '--xtra')]
+flags = [(c, flag) for c, f in (('s9_train', s9_train), ('s9_summary', s9_summary), ('s9_predict', s9_predict), ('s9_export', s9_export))
+         for flag in command_parser(f, () if c in ('s9_predict', 's9_export') else None)._option_string_actions if flag.startswith('--') and flag not in ('--pdb', '--xtra')]
 
 
 @pytest.mark.parametrize('command', mains)

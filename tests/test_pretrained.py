@@ -87,11 +87,13 @@ def test_the_command(photos):
     assert sum(f.stem in r.split(':')[1].split(',')[0] for f, r in zip(photos, rows)) >= 6
 
 
-@pytest.mark.parametrize('args, msg', [([], 'no image: name one or more files'), (['nowhere.png'], 'nowhere.png: no such file'), ([root], 'a folder without an image file'),
+@pytest.mark.parametrize('args, msg', [([], 'no image: name one or more files'), (['nowhere.png'], 'nowhere.png: no such file'), (['EMPTY'], 'a folder without an image file'),
                                        ([root/'README.md'], 'cannot be read as an image'), (['PHOTO', '--top', 0], 'top is 0, but must be at least 1'),
                                        (['PHOTO', '--top', 'x'], "'x' is not a whole number"), (['PHOTO', '--foo'], 'unrecognized arguments: --foo')])
 def test_bad_input_is_one_line_and_exit_code_2(args, msg, photos, monkeypatch, capsys):
-    monkeypatch.setattr(sys, 'argv', ['s9_predict', *(str(photos[0] if o == 'PHOTO' else o) for o in args)])
+    (photos[0].parent/'empty').mkdir()
+    places = dict(PHOTO=photos[0], EMPTY=photos[0].parent/'empty')
+    monkeypatch.setattr(sys, 'argv', ['s9_predict', *(str(places.get(o, o)) for o in args)])
     with pytest.raises(SystemExit) as e: main_predict()
     out, err = capsys.readouterr()
     assert e.value.code == 2 and msg in err and err.count('\n') == 1 and err.startswith('s9_predict: ') and out == ''

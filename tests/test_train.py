@@ -163,7 +163,8 @@ light = {  # what needs no torch: options, exit code and message
     's9_train --resume FILE': (2, 'a file; name the folder of a run'), 's9_train --data sample --distill 0.9 --teacher nowhere': (2, 'no recipe.json there'),
     's9_summary --help': (0, '--norm (str)'), 's9_summary --speed': (2, 'unrecognized arguments: --speed'),
     's9_predict --help': (0, 'Image files'), 's9_predict': (2, 'no image: name one or more files'), 's9_predict nofile.png': (2, 'nofile.png: no such file'),
-    's9_predict FILE --top 0': (2, 'top is 0'), 's9_predict FILE --run nowhere': (2, 'no recipe.json there'), 's9_predict FILE --rum x': (2, 'unrecognized arguments: --rum')}
+    's9_export --help': (0, 'Folder of a finished run'), 's9_export nowhere': (2, 'no recipe.json there'), 's9_export pretrained --to zip': (2, "to is 'zip'"),
+    's9_predict FILE --top 0': (2, 'top is 0'), 's9_predict FILE --json --csv': (2, 'json and csv are given'), 's9_predict FILE --onnx nowhere': (2, 'there is no such file'), 's9_predict FILE --run nowhere': (2, 'no recipe.json there'), 's9_predict FILE --rum x': (2, 'unrecognized arguments: --rum')}
 
 
 def test_what_is_wrong_at_once_is_said_without_torch(tmp_path):
@@ -174,9 +175,10 @@ import json, sys
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
 sys.modules['torch'] = None
+from s9_fastai.app.export import main_export
 from s9_fastai.app.predict import main_predict
 from s9_fastai.app.train import main_summary, main_train
-mains, found = dict(s9_train=main_train, s9_summary=main_summary, s9_predict=main_predict), {}
+mains, found = dict(s9_train=main_train, s9_summary=main_summary, s9_predict=main_predict, s9_export=main_export), {}
 for line in json.loads(sys.stdin.read()):
     sys.argv, out, code = line.split(), StringIO(), 0
     with redirect_stdout(out), redirect_stderr(out):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['open_streams', 'Terminal', 'open_terminals', 'stop_import', 'start', 'train', 'summary', 'predict', 'evaluate',
-           'report', 'compare']
+           'report', 'compare', 'export']
 
 # %% ../../nbs/70_app.entry.ipynb #e867def6
 import errno, io, os, signal, sys
@@ -103,3 +103,8 @@ def report():
 def compare():
     "The command `s9_compare`"
     start('s9_compare', 'evaluate', 'main_compare')
+
+# %% ../../nbs/70_app.entry.ipynb #75e2ead9
+def export():
+    "The command `s9_export`"
+    start('s9_export', 'export', 'main_export')

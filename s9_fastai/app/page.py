@@ -9,7 +9,6 @@ __all__ = ['class_lines', 'run_page', 'write_page']
 from functools import partial
 from pathlib import Path
 
-import pandas as pd
 from fastai.callback import progress  # noqa: F401 (it gives every Learner its bars)
 from fastai.learner import Learner
 
@@ -23,7 +22,7 @@ from ..report.features import suspicious_labels
 from ..report.losses import plot_highest_losses
 from ..report.outputs import Outputs, outputs_of
 from ..report.page import Fact, Page, PagePicture, Section, page_html, page_table, png_of, svg_of
-from ..report.plots import plot_curves
+from ..report.plots import plot_curves, read_history
 from ..report.scores import accuracy_of, class_scores, plot_class_scores
 from ..report.several import best_thresholds, plot_thresholds, set_scores
 
@@ -50,7 +49,7 @@ def _facts(outputs):
     "Of one class an item"
     acc, (best, worst, pair) = accuracy_of(outputs), _notable(outputs)
     facts = [Fact('accuracy', f'{acc.value:.2%}', f'95% interval: {acc.low:.2%} to {acc.high:.2%}'),
-             Fact('loss', f'{nll(outputs):.3f}', f'calibration error (ECE) {ece(outputs):.1%}, Brier {brier(outputs):.3f}'),
+             Fact('loss', f'{nll(outputs):.3f}', f'calibration error {ece(outputs):.1%}, Brier {brier(outputs):.3f}'),
              Fact('best class', best['class'], f'{best.right:,} of {best.support:,} right'),
              Fact('worst class', worst['class'], f'{worst.right:,} of {worst.support:,} right')]
     if pair is None: return facts
@@ -76,7 +75,7 @@ def _section(title, found, tables=(), texts=()):
 # %% ../../nbs/75_app.page.ipynb #7853191f
 def _training(history, lrs):
     "Curves and table of the epochs"
-    df = pd.read_csv(history) if isinstance(history, (str, Path)) else history
+    df = read_history(history).astype({'epoch': int})
     curves = _picture(partial(plot_curves, history, lrs=lrs), 'curves', 'Loss, score and learning rate by epoch')
     return _section('Training', [curves], [page_table(df, f'{len(df):,} epochs', is_folded=True)])
 
@@ -102,10 +101,11 @@ def _confidence(outputs):
 def _mistakes(learn, outputs):
     "The images with the highest losses, and the maps of the surest mistakes"
     dset = learn.dls.valid_ds
-    found = [_picture(partial(plot_highest_losses, outputs, dset, 16), 'losses', 'The images with the highest loss', photos=True),
-             _picture(partial(plot_cam_mistakes, learn, 4), 'cam', 'Where the network looked (Grad-CAM), for the class '
-                      'that it predicted and for the true one', photos=True)]
-    return _section('Mistakes', found)
+    highest = _picture(partial(plot_highest_losses, outputs, dset, 16), 'losses', 'The images with the highest loss',
+                       photos=True)
+    maps = _picture(partial(plot_cam_mistakes, learn, 4), 'cam', 'Where the network looked (Grad-CAM), for the class that '
+                    'it predicted and for the true one', photos=True)
+    return _section('Mistakes', [highest, maps])
 
 def _labels(outputs):
     "Labels that may be wrong"
@@ -118,8 +118,9 @@ def _labels(outputs):
 
 def _settings(record):
     "What is in `recipe.json`"
-    df = pd.DataFrame(dict(setting=list(record), value=['–' if v is None else str(v) for v in record.values()]))
-    return _section('Settings', [], [page_table(df, f'{len(df)} settings, of the recipe and of the machine', is_folded=True)])
+    rows = dict(setting=list(record), value=['–' if v is None else str(v) for v in record.values()])
+    caption = f'{len(record)} settings, of the recipe and of the machine'
+    return _section('Settings', [], [page_table(rows, caption, is_folded=True)])
 
 # %% ../../nbs/75_app.page.ipynb #e206cfa3
 def _card(learn, outputs, record):
@@ -130,10 +131,10 @@ def _card(learn, outputs, record):
     size = f' of {spec.size}x{spec.size} pixels' if spec else ''
     names = ', '.join(map(shown, outputs.classes[:20])) + (' …' if len(outputs.classes) > 20 else '')
     return Section('Model card', [
-        f'{record.get("arch", type(learn.model).__name__)}: a network of {n:,} parameters for images{size}. It gives each '
-        f'image {kind} of {len(outputs.classes)}: {names}.',
-        f'Trained on {len(learn.dls.train_ds):,} images ({shown(record.get("data", "of its loaders"))}), and measured on '
-        f'{len(outputs):,} validation images, from which all numbers on this page come.',
+        f'{record.get("arch", type(learn.model).__name__)}: a network of {n:,} parameters for images{size}. It gives '
+        f'each image {kind} of {len(outputs.classes)}: {names}.',
+        f'Trained on {len(learn.dls.train_ds):,} images ({shown(record.get("data", "of its loaders"))}), and measured '
+        f'on {len(outputs):,} validation images, from which all numbers on this page come.',
         'An image of anything else gets one of these classes too, often with a high probability. Images of other '
         'cameras, places or times than those of the training can have far lower scores.'])
 

@@ -21,7 +21,7 @@ from .batch_policy import read_policy
 from .keyed import KeyedTransform
 from .keys import item_keys, uniforms
 from .pipelines import check_targets, warn_sizes
-from .pixels import uint8_advice
+from .advice import uint8_advice
 
 # %% ../../nbs/16_augment.batch.ipynb #7c6366a6
 def _image_advice(x):

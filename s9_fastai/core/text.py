@@ -56,7 +56,9 @@ def is_there(
 
 # %% ../../nbs/00_core.text.ipynb #5946e561
 def show_bars(
-    progress:bool # Are progress bars switched on?
+    progress:bool, # Are progress bars switched on?
+    stream=None, # Where they are written; None: the output, or the page of a notebook
 ) -> bool: # Shall they be shown?
     "`progress`, on a terminal or in a notebook; False in a pipe or a file"
+    if stream is not None: return progress and stream.isatty()
     return progress and (IN_NOTEBOOK or sys.stdout.isatty())

@@ -20,7 +20,7 @@ from ..core.text import shown
 from .labels import label
 
 # %% ../../nbs/39_report.page.ipynb #169a73b1
-_inks = {'#000000': 'currentColor', '#4d4d4d': 'var(--grey)'}  # colours that follow the page
+_inks = '#000000|#4d4d4d'  # black and grey, which follow the page
 
 def svg_of(
     fig:Figure, # Any figure
@@ -34,7 +34,7 @@ def svg_of(
         text = f.getvalue()
     text = text[text.index('<svg'):]
     text = re.sub(r'<metadata>.*?</metadata>|<!--.*?-->', '', text, flags=re.S)
-    if adapts: text = re.sub('|'.join(_inks), lambda m: _inks[m[0].lower()], text, flags=re.I)
+    if adapts: text = re.sub(_inks, 'currentColor', text, flags=re.I)
     text = re.sub(r'(\bid="|url\(#|href="#)', rf'\g<1>{key}-', text)
     head = Markup('<svg role="img" fill="currentColor" aria-label="{}"').format(shown(alt))
     return head + Markup(text[len('<svg'):])
@@ -87,12 +87,13 @@ def _cell(v, is_share):
     return Cell(f'{v:.1%}' if is_share else f'{v:,}' if isinstance(v, int) else f'{v:.4g}', v)
 
 def page_table(
-    df:pd.DataFrame, # Names of the columns are shown
+    df, # DataFrame, or a dictionary of columns; names of the columns are shown
     caption:str, # As for `PageTable`
     shares:tuple=(), # Columns that are shares, 0 to 1
     is_folded:bool=False, # As for `PageTable`
 )->PageTable:
     "The rows of `df`"
+    df = pd.DataFrame(df)
     rows = [[_cell(v, c in shares) for c, v in zip(df.columns, row)] for row in df.itertuples(index=False)]
     numbers = [bool(rows) and all(r[i].is_number for r in rows) for i in range(len(df.columns))]
     columns = [Cell(str(c), 0. if is_number else None) for c, is_number in zip(df.columns, numbers)]
