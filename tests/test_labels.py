@@ -287,7 +287,7 @@ def run(tmp_path_factory):
 
 def test_the_command_trains_on_several_labels(run):
     path, learn, out = run
-    assert {p.name for p in path.iterdir()} == {'checkpoints', 'curves.png', 'history.csv', 'recipe.json', 'split.csv', 'weights.safetensors'}
+    assert {p.name for p in path.iterdir()} == {'checkpoints', 'curves.png', 'history.csv', 'recipe.json', 'report.html', 'split.csv', 'weights.safetensors'}
     row, y = pd.read_csv(path/'history.csv').iloc[-1], tagged()[1][2::4]
     assert f'macro F1 {row.valid_macro_f1:.2%} on the validation images after 4 epochs\n' in out
     assert f'{row.valid_accuracy_multi:.2%} of their labels are right; predicting none gives {1 - y.mean():.2%}\n' in out

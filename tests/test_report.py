@@ -254,5 +254,5 @@ def test_forty_classes(tmp_path):
             Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(tmp_path/'own'/f'class {c:02}'/f'{i}.png')
     learn = Learner(image_dls(tmp_path/'own', size=16, bs=8, cache_dir=tmp_path/'cache', device='cpu', policy='none'), Bare(40), CrossEntropyLossFlat())
     history = pd.DataFrame(dict(epoch=[1], train_loss=[2.], valid_loss=[2.], train_accuracy=[0.], valid_accuracy=[0.1], lr=[.1]))
-    with learn.no_bar(): html = page_html(run_page(learn, 'forty', history, {}, outputs_of(learn)))
+    with learn.no_bar(): html = page_html(run_page(learn, history, {}, outputs_of(learn)))
     assert len(html) < 5e6 and len(next(v for k, v in Reader(html).tables.items() if k.startswith('class | support'))) == 40

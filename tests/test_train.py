@@ -75,7 +75,7 @@ def run(tmp_path_factory):
 
 
 def test_run_folder_is_complete(run):
-    names = ['checkpoints', 'curves.png', 'history.csv', 'log.txt', 'misclassified.png', 'recipe.json', 'weights.safetensors']
+    names = ['checkpoints', 'curves.png', 'history.csv', 'log.txt', 'misclassified.png', 'recipe.json', 'report.html', 'weights.safetensors']
     assert sorted(p.name for p in run[1].iterdir()) == names
 
 
@@ -99,11 +99,13 @@ def test_a_pipe_gets_whole_lines(run):
     assert first == f'to resume this run if it stops: s9_train --resume runs/{run[1].name}'
     assert '\r' not in run[0].stdout and '█' not in run[0].stdout and epoch.startswith('epoch   1  train_loss ')
     acc = pd.read_csv(run[1]/'history.csv').valid_accuracy[0]
+    classes = [rest.pop(1) for _ in range(2)]
+    assert classes[0].startswith('best class: ') and classes[1].startswith('most frequent confusion: ')
     assert rest == [f'test accuracy {acc:.2%} after 1 epoch; guessing one of 10 classes gives 10%',
                     'that was with 2,000 training images, a sample of the 50,000 of CIFAR-10',
                     'with all of them, the recipe fast gives 85.7% and best gives 90.4%',
                     'next: s9_train --recipe fast (finds CIFAR-10, or downloads it: 168 MB)',
-                    f'your own images: s9_predict IMAGE... --run runs/{run[1].name}', f'the whole run is in runs/{run[1].name}']
+                    f'your own images: s9_predict IMAGE... --run runs/{run[1].name}', f'the report: runs/{run[1].name}/report.html', f'the whole run is in runs/{run[1].name}']
 
 
 def test_nothing_else_is_printed(run): assert run[0].stderr == ''

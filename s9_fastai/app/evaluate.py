@@ -55,8 +55,8 @@ def evaluation(
 def _text(found):
     "Lines for people"
     if 'accuracy' not in found:
-        scores = ', '.join(f'{k.replace("_", " ")} {v:.2%}' for k, v in found.items() if type(v) is float and k != 'loss')
-        return [f'{found["n"]:,} validation images: {scores}']
+        scores = {k.replace('_', ' '): v for k, v in found.items() if type(v) is float and k != 'loss'}
+        return [f'{found["n"]:,} validation images: ' + ', '.join(f'{k} {v:.2%}' for k, v in scores.items())]
     a = found['accuracy']
     lines = [f'accuracy {a["value"]:.2%} (95% interval {a["low"]:.2%} to {a["high"]:.2%}) of {found["n"]:,} validation '
              f'images; loss {found["loss"]:.4f}, calibration error {found["ece"]:.2%}']

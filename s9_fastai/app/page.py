@@ -14,7 +14,7 @@ from fastai.learner import Learner
 
 from ..core.files import replacing
 from ..core.text import shown
-from ..report.calibration import brier, ece, nll, plot_calibration
+from ..report.calibration import ece, nll, plot_calibration
 from ..report.cam import plot_cam_mistakes
 from ..report.confusion import most_confused, plot_confusion
 from ..report.coverage import plot_coverage
@@ -49,11 +49,12 @@ def _facts(outputs):
     "Of one class an item"
     acc, (best, worst, pair) = accuracy_of(outputs), _notable(outputs)
     facts = [Fact('accuracy', f'{acc.value:.2%}', f'95% interval: {acc.low:.2%} to {acc.high:.2%}'),
-             Fact('loss', f'{nll(outputs):.3f}', f'calibration error {ece(outputs):.1%}, Brier {brier(outputs):.3f}'),
+             Fact('loss', f'{nll(outputs):.3f}', f'calibration error {ece(outputs):.1%}'),
              Fact('best class', best['class'], f'{best.right:,} of {best.support:,} right'),
              Fact('worst class', worst['class'], f'{worst.right:,} of {worst.support:,} right')]
     if pair is None: return facts
-    return [*facts, Fact('most frequent confusion', f'{pair.true} → {pair.predicted}', f'{pair.rate:.1%} of {pair.true}')]
+    confusion = f'{pair.true} → {pair.predicted}'
+    return [*facts, Fact('most frequent confusion', confusion, f'{pair.rate:.1%} of {pair.true}')]
 
 def _several_facts(outputs):
     "Of several classes an item"
@@ -103,8 +104,8 @@ def _mistakes(learn, outputs):
     dset = learn.dls.valid_ds
     highest = _picture(partial(plot_highest_losses, outputs, dset, 16), 'losses', 'The images with the highest loss',
                        photos=True)
-    maps = _picture(partial(plot_cam_mistakes, learn, 4), 'cam', 'Where the network looked (Grad-CAM), for the class that '
-                    'it predicted and for the true one', photos=True)
+    maps = _picture(partial(plot_cam_mistakes, learn, 4), 'cam', 'Where the network looked (Grad-CAM), for the class '
+                    'that it predicted and for the true one', photos=True)
     return _section('Mistakes', [highest, maps])
 
 def _labels(outputs):
@@ -140,7 +141,6 @@ def _card(learn, outputs, record):
 
 def run_page(
     learn:Learner, # A trained classifier of images
-    title:str, # Headline, such as the name of the run folder
     history, # As for `plot_curves`
     record:dict, # Settings by name, as in `recipe.json`
     outputs:Outputs, # Of the validation items
@@ -156,7 +156,8 @@ def run_page(
     else: parts += [_confusions(outputs), _confidence(outputs), _mistakes(learn, outputs), _labels(outputs)]
     parts += [_card(learn, outputs, record), _settings(record)]
     facts = _several_facts(outputs) if outputs.is_multi else _facts(outputs)
-    return Page(title, text, facts, parts, f's9_fastai {record.get("s9_fastai", "")}'.strip())
+    title = ', '.join(str(record[k]) for k in ('name', 'arch', 'data') if k in record)
+    return Page(f'Report: {title}', text, facts, parts, f's9_fastai {record.get("s9_fastai", "")}'.strip())
 
 # %% ../../nbs/75_app.page.ipynb #9f304a54
 def write_page(
@@ -170,5 +171,5 @@ def write_page(
     "Write the report of a run; a ValueError where validation items have no classes, or `CannotWrite`"
     with learn.no_bar():
         if outputs is None: outputs = outputs_of(learn)
-        page = run_page(learn, folder.resolve().name, folder/'history.csv', record, outputs, lrs)
+        page = run_page(learn, folder/'history.csv', record, outputs, lrs)
     with replacing(path) as f: f.write_text(page_html(page), encoding='utf-8')
