@@ -101,7 +101,8 @@ def make_first(key, folder, **kwargs):
 
 
 def make_training(key, **kwargs):
-    "An epoch of a resnet18 with validation: plain with fastai's loader, `to_fast` with ours"
+    "An epoch of a resnet18 with validation: plain with fastai's loader, `to_fast` with ours, which needs no workers"
+    if key != 'fastai': kwargs['workers'] = 0
     learn = Learner(LOADERS[key](**kwargs), resnet18(num_classes=CLASSES), CrossEntropyLossFlat(), opt_func=SGD, metrics=accuracy)
     if key != 'fastai': learn.to_fast()
     def run():
