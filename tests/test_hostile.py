@@ -113,7 +113,8 @@ ALLOWED = {  # a module, and what it may call
     **{k: ('load', 'of `TeacherLogits`') for k in ('app.teacher', 'app.training')},
     'app.deploy': ('load', 'a file of `torch.export` that it has written'),
     'nets.export': ('load', 'a file that it has written'),
-    'app.options': ('read_text', "the package's own file"),
+    **{k: ('read_text', "the package's own file") for k in ('app.options', 'report.page')},
+    'core.archives': ('ZipFile open', 'of a file that is open, and its members'),
     **{k: ('open', 'the null device') for k in ('app.command', 'app.entry', 'core.signals')},
     'app.folder': ('open', 'the folder itself'),
 }
