@@ -47,6 +47,7 @@ from s9_fastai.report.filters import *
 from s9_fastai.report.features import *
 from s9_fastai.report.augmentations import *
 from s9_fastai.report.compare import *
+from s9_fastai.report.live import LiveCurves, plot_progress
 from s9_fastai.cifar.facts import CLASSES, MEAN, STD, Cifar10, Split
 from s9_fastai.cifar.cache import *
 from s9_fastai.cifar.download import *
