@@ -60,8 +60,8 @@ def _text(found):
     a = found['accuracy']
     lines = [f'accuracy {a["value"]:.2%} (95% interval {a["low"]:.2%} to {a["high"]:.2%}) of {found["n"]:,} validation '
              f'images; loss {found["loss"]:.4f}, calibration error {found["ece"]:.2%}']
-    return lines + [f'  {shown(o["class"])}: {o["right"]:,} of {o["support"]:,} right, predicted {o["predicted"]:,} times'
-                    for o in found['classes']]
+    return lines + [f'  {shown(o["class"])}: {o["right"]:,} of {o["support"]:,} right, predicted {o["predicted"]:,} '
+                    'times' for o in found['classes']]
 
 def _print(name, found, as_json, as_csv):
     if as_json: print(json_format.dumps({'run': name, **found}))
