@@ -41,7 +41,8 @@ def _draw(ax, df, x, names, title):
     for nm in names:
         part = _parts(nm)[1]
         label = {'train': 'training', 'valid': 'validation'}.get(part, nm)
-        ax.plot(df[x], df[nm], '.-' if len(df) < 30 else '-', color=_colours.get(part, '#4D4D4D'), lw=1.3, ms=5, label=label)
+        style = '.-' if len(df) < 30 else '-'
+        ax.plot(df[x], df[nm], style, color=_colours.get(part, '#4D4D4D'), lw=1.3, ms=5, label=label)
     ax.set_title(title.replace('_', ' '), loc='left', fontsize=10, parse_math=False)
     ax.set_xlabel(x)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -100,6 +101,7 @@ def curves(self:LiveCurves)->pd.DataFrame: # `epoch`, from 1, and a column for e
     df.insert(0, 'epoch', range(self.epoch + 2 - len(values), self.epoch + 2))
     return df
 
+# %% ../../nbs/39_report.live.ipynb #a76c8ab4
 @patch(as_prop=True)
 def steps(self:LiveCurves)->pd.DataFrame: # `step`, from 1, loss, lr, and grad_norm where it was asked for
     "A row for each training batch of this fit"
@@ -114,6 +116,7 @@ def before_step(self:LiveCurves):
     grads = [p.grad for p in self.model.parameters() if p.grad is not None]
     self.norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in grads])).item()
 
+# %% ../../nbs/39_report.live.ipynb #e0da49f0
 @patch
 def after_batch(self:LiveCurves):
     "Note loss and learning rate of a training batch"
