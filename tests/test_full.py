@@ -22,4 +22,4 @@ def test_the_first_epoch_is_as_good_as_the_experiments(tmp_path):
     log, ours = (tmp_path/'run'/'log.txt').read_text(), pd.read_csv(tmp_path/'run'/'history.csv')
     assert 100*ours.valid_accuracy[0] > theirs.test_correct[0]/100 - 5
     assert re.search(r'Batch_id=390 ', log) and re.search(r'Accuracy: \d+/10000 ', log) and 'Learning rate: 0.05\n' in log
-    assert run.stdout.count('\n') == 5, 'a pipe gets the folder, one line an epoch and three at the end'
+    assert run.stdout.count('\n') == 8, 'a pipe gets the folder, one line an epoch and six at the end'
