@@ -793,11 +793,14 @@ def test_large_images_have_the_pixels_of_albumentations(name):
         assert mine.shape == ref.shape and np.abs(mine.astype(int) - ref).max() <= most
 
 
-def test_large_images_have_nearly_the_pixels_of_a_whole_batch(photos):
-    policy, keys = BatchAugment.from_compose(get_policy('reference', 128, (0.5, 0.5, 0.5))), item_keys(0, 0, range(64))
-    large = np.array([cv2.resize(o, (128, 128)) for o in photos[:64]])
-    def run(): return back(policy(batch(large, keys), split_idx=0)).astype(int)
-    assert 64**2 <= LARGE < 128**2
+@pytest.mark.parametrize('c', [1, 2, 3, 4])
+@pytest.mark.parametrize('name', POLICIES)
+def test_large_images_have_nearly_the_pixels_of_a_whole_batch(name, c):
+    "With any number of channels that OpenCV takes"
+    tfm, keys, rng = BatchAugment.from_compose(get_policy(name, 96, (0.5,)*c)), item_keys(0, 0, range(12)), np.random.default_rng(0)
+    large = np.stack([cv2.GaussianBlur(rng.integers(0, 256, (96, 96, c), dtype=np.uint8), (5, 5), 0).reshape(96, 96, c) for _ in range(12)])
+    def run(): return back(tfm(batch(large, keys), split_idx=0)).astype(int)
+    assert 32**2 < LARGE <= 64**2
     mine = run()
     with mock.patch('s9_fastai.augment.batch_ops.LARGE', 10**9): apart = run()
-    assert (mine != apart).any() and np.abs(mine - apart).max() <= 2 and (np.abs(mine - apart) > 0).mean() < 0.05
+    assert mine.shape == apart.shape and np.abs(mine - apart).max() <= 2 and (np.abs(mine - apart) > 0).mean() < 0.2

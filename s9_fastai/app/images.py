@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ..core.paths import image_path
 from ..core.text import is_there, read_errors, shown
-from ..data.folders import image_suffixes
+from ..data.folders import folder_place, is_image
 
 # %% ../../nbs/76_app.images.ipynb #ee07f8cd
 def _checked(path):
@@ -22,22 +22,20 @@ def _checked(path):
 # %% ../../nbs/76_app.images.ipynb #f7478813
 def folder_images(
     path, # A folder
-    above:tuple=(), # Device and inode of the folders that it is in
+    above:tuple=(), # Places of the folders that it is in, see `folder_place`
 ): # Yields pairs: a path, and None or the error for it
     "The image files below the folder `path`, by name; what cannot be read has an error"
     try:
-        with read_errors(path): now, found = os.stat(path), sorted(os.scandir(path), key=lambda o: o.name)
-        key = now.st_dev, now.st_ino
+        with read_errors(path): key, found = folder_place(path), sorted(os.scandir(path), key=lambda o: o.name)
         if key in above: raise ValueError(f'{shown(path)}: a link to a folder above it; remove the link')
         if len(above) >= 100: raise ValueError(f'{shown(path)[:200]}…: folders nested 100 times; move the images up')
     except (OSError, ValueError) as e:
         yield Path(path), e
         return
-    suffixes = image_suffixes()
     for o in found:
         if o.name.startswith('.'): continue
         if o.is_dir(): yield from folder_images(o.path, (*above, key))
-        elif os.path.splitext(o.name)[1].lower() in suffixes and (o.is_file() or o.is_symlink()): yield _checked(o.path)
+        elif is_image(o.name) and (o.is_file() or o.is_symlink()): yield _checked(o.path)
 
 # %% ../../nbs/76_app.images.ipynb #fcd41a4d
 def path_images(

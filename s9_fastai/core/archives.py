@@ -104,7 +104,7 @@ def open_tar(
     f, # An archive, open for reading
     budget:Budget, # From which its members are taken
 )->tarfile.TarFile:
-    "The tar archive `f`, whose headers are sound and paid for"
+    "The tar archive `f`, whose headers are checked and counted against `budget`"
     check_xz(f)
     return tarfile.open(fileobj=f, mode='r:*', tarinfo=type('Header', (SoundHeader,), dict(budget=budget)))
 
