@@ -65,6 +65,8 @@ from s9_fastai.training.balance import *
 from s9_fastai.training.guards import *
 from s9_fastai.training.metrics import *
 from s9_fastai.training.freeze import *
+from s9_fastai.training.sync_norm import *
+from s9_fastai.training.distributed import *
 from s9_fastai.resume.state import *
 from s9_fastai.resume.saved import *
 from s9_fastai.resume.learner import *

@@ -8,6 +8,7 @@ __all__ = ['KeyedDL', 'keyed_class', 'make_keyed', 'KeyedTransform']
 # %% ../../nbs/11_augment.keyed.ipynb #330bec96
 import copyreg, random, warnings
 from functools import cache
+from itertools import islice
 from operator import index
 
 import numpy as np, torch
@@ -18,6 +19,7 @@ from fastcore.basics import patch
 from fastcore.xtras import ReindexCollection
 
 from .keys import item_keys, item_seed, seed_global, under_key, _hash
+from .share import Share
 from ..core.generators import random_kept
 
 # %% ../../nbs/11_augment.keyed.ipynb #484c3d32
@@ -36,8 +38,9 @@ def _place(s):
 # %% ../../nbs/11_augment.keyed.ipynb #4c0772ef
 class KeyedDL(TfmdDL):
     "A `TfmdDL` whose order depends on (seed, epoch) and whose draws for an item on (seed, epoch, item) alone"
-    not_saved:tuple = ('seed', 'epoch', 'n_new', 'nth', 'begin', 'drawn', 'making')  # the first three are saved
+    not_saved:tuple = ('seed', 'epoch', 'n_new', 'nth', 'begin', 'drawn', 'making', 'share')  # the first three are saved
     making = False  # a batch at this moment?
+    share:Share|None = None  # the part of each batch that is made here; None: the whole
 
     def __init__(self,
         *args, # As for `TfmdDL`, or for the loader that is the next base class
@@ -80,14 +83,27 @@ def get_idxs(self:KeyedDL):
         if isinstance(texts, ReindexCollection): texts.idxs[:] = sorted(texts.idxs)  # they are shuffled in place
         return super(KeyedDL, self).get_idxs()
 
+# %% ../../nbs/11_augment.keyed.ipynb #1fe73c69
+@patch
+def own_span(self:KeyedDL,
+    batch:int, # Number of a batch in the epoch under way, from 0
+)->tuple: # Whole numbers; equal where this process makes none of it
+    "Where the part of a batch that this process makes begins and ends in the order of the epoch"
+    bs = self.bs or 1
+    n = min(bs, len(self._DataLoader__idxs) - batch*bs)
+    lo, hi = (0, 0) if n < bs and self.drop_last else self.share.part(n) if self.share else (0, n)
+    return batch*bs + lo, batch*bs + hi
+
 # %% ../../nbs/11_augment.keyed.ipynb #29b5e6bf
 @patch
 def in_order(self:KeyedDL):
     "Each item of the epoch, and whether it is in a batch that this process makes"
     left_out = self.begin[1] if self.begin[0] == self.epoch else 0
     for i, s in enumerate(self._DataLoader__idxs):
-        batch = i//(self.bs or 1) - left_out
-        yield s, batch >= 0 and batch % self.num_workers == self.offs
+        batch = i//(self.bs or 1)
+        is_mine = batch >= left_out and (batch - left_out) % self.num_workers == self.offs
+        if is_mine and self.share: is_mine = i in range(*self.own_span(batch))
+        yield s, is_mine
 
 # %% ../../nbs/11_augment.keyed.ipynb #e77a1f1c
 @patch
@@ -103,9 +119,10 @@ def sample(self:KeyedDL):
 @patch
 def places(self:KeyedDL,
     batch:int, # Number of a batch in the epoch under way, from 0, those included that a run had before it resumes
-)->list: # Places in the data set, as many as the batch has images
-    "Which images are in a batch"
-    return [*self._DataLoader__idxs[batch*self.bs:(batch + 1)*self.bs]]
+)->list: # Places in the data set, as many as the batch has images here
+    "Which images are in a batch, of its `share` where there is one"
+    begin, end = self.own_span(batch)
+    return [*self._DataLoader__idxs[begin:end]]
 
 # %% ../../nbs/11_augment.keyed.ipynb #151aa376
 @patch
@@ -116,6 +133,28 @@ def do_item(self:KeyedDL, s):
     o = under_key(super(KeyedDL, self).do_item, s, key)
     if self.making and o is not None: self.drawn.append((place, self.nth))
     return o
+
+# %% ../../nbs/11_augment.keyed.ipynb #764a6802
+@patch
+def own_sizes(self:KeyedDL):
+    "The number of items of each batch that this process, or this worker, makes"
+    begin = self.begin[1] if self.begin[0] == self.epoch else 0
+    for batch in range(begin + self.offs, -(-len(self._DataLoader__idxs)//self.bs), self.num_workers):
+        lo, hi = self.own_span(batch)
+        if hi > lo: yield hi - lo
+
+def _chunks(items, sizes):
+    for n in sizes:
+        chunk = [*islice(items, n)]
+        if len(chunk) < n:
+            raise ValueError('an item was skipped, but several processes need as many batches each: leave such items '
+                             'out of the data set')
+        yield chunk
+
+@patch
+def chunkify(self:KeyedDL, b):
+    if self.share is None: return super(KeyedDL, self).chunkify(b)
+    return _chunks(iter(b), self.own_sizes())
 
 # %% ../../nbs/11_augment.keyed.ipynb #32e1cdf9
 @patch

@@ -50,12 +50,15 @@ def _watched():
 class SignalNote:
     "Notes the first SIGINT, SIGTERM or SIGHUP of a fit in `signum`, which is None until then"
     signum:Any
-    def __init__(self): self.signum, self.pid, self.before, self.learn, self.is_warned = None, None, {}, None, False
+    def __init__(self):
+        self.signum, self.pid, self.before, self.learn, self.is_warned = None, None, {}, None, False
+        # what this process has noted, and whether it becomes `signum` only when all processes have agreed
+        self.heard, self.is_shared = None, False
 
     def catch(self):
         "Begin; in Python's main thread only, as others cannot"
         self.release()
-        self.signum, self.pid = None, os.getpid()
+        self.signum, self.heard, self.is_shared, self.pid = None, None, False, os.getpid()
         self.learn = next((weakref.ref(o) for o in _fitting(sys._getframe())), None)
         if threading.current_thread() is not threading.main_thread(): return
         for s in _watched(): self.before[s] = signal.signal(s, self.note)
@@ -83,7 +86,9 @@ def note(self:SignalNote,
     if os.getpid() != self.pid: return self._in_worker(signum)
     if signum == getattr(signal, 'SIGHUP', None): leave_terminal()
     mine = self.learn is not None and any(self.learn() is o for o in _fitting(frame))  # else it has failed
-    if mine and self.signum is None: self.signum = signum
-    else:
+    if mine and self.heard is None:
+        self.heard = signum
+        if not self.is_shared: self.signum = signum
+    elif not (mine and self.is_shared):  # a launcher sends a signal again, to processes that have it already
         self.release()
         signal.raise_signal(signum)

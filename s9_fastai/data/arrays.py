@@ -16,7 +16,7 @@ from fastai.data.core import DataLoaders
 from fastai.data.transforms import Categorize, IndexSplitter, IntToFloatTensor, MultiCategorize, OneHotEncode, ToTensor
 from fastai.torch_core import TensorCategory, TensorMultiCategory
 from fastai.vision.core import TensorImage
-from fastcore.basics import chunked, patch
+from fastcore.basics import patch
 from fastcore.meta import delegates
 from fasttransform.transform import compose_tfms
 
@@ -41,7 +41,7 @@ class ArrayDL(KeyedDL):
         if not self.is_direct(): return super().create_batches(samps)
         self.numbers = np.array(self.dataset.items)  # of the images in both splits
         counted = ((s, self.nth) for s in samps)  # `sample` counts as it goes
-        return map(self.direct_batch, chunked(counted, self.bs, self.drop_last))
+        return map(self.direct_batch, self.chunkify(counted))
 
 # %% ../../nbs/27_data.arrays.ipynb #84ffdac6
 def _tfms(pipe): return getattr(pipe, 'fs', [pipe])  # a `Pipeline`, or any function in its place

@@ -23,13 +23,15 @@ from ..augment.keyed import KeyedDL
 from ..core.events import in_fit
 from ..core.files import naming, remove_leftovers
 from ..core.generators import load_random_state
+from ..core.ranks import n_ranks, this_rank
 from ..core.signals import SignalNote, Stopped
 from .changed import FitChanges, fit_roots, in_workers, init_params, put_changes
 from .compare import ForcedSettings, changed_settings, check_lost, check_settings, describe_changes
 from .compare import refusal, warn_lost
 from .learner import SkipTo, learner_state, load_learner_state, load_model_state
 from .shared import shared
-from .saved import ResumeError, Place, checkpoint_files, checkpoint_name, newest_checkpoint
+from .ranks import found_by_main, is_of_others, load_rank_state, others_text, rank_states
+from .saved import ResumeError, Place, checkpoint_files, checkpoint_name, is_whole, newest_checkpoint
 from .settings import fit_settings
 from .state import write_state
 
@@ -81,6 +83,7 @@ def can_skip(self:Checkpoint):
 @patch
 def claim(self:Checkpoint):
     "Lock the run folder for this process, and remove what a killed one has left half-written"
+    if this_rank(): return  # rank 0 alone writes
     with naming(self.folder):
         self.folder.mkdir(parents=True, exist_ok=True)
         self.file_lock = FileLock(self.folder/'lock', is_singleton=True)
@@ -96,7 +99,7 @@ def claim(self:Checkpoint):
 def release(self:Checkpoint):
     "Restore the signal handlers and unlock the folder"
     self.note.release()
-    self.file_lock.release(force=True)
+    if self.file_lock: self.file_lock.release(force=True)
 
 # %% ../../nbs/69_resume.checkpoint.ipynb #545df454
 @patch
@@ -120,9 +123,11 @@ def check_finite(self:Checkpoint,
 def keep(self:Checkpoint,
     path, # File that was just written
 ):
-    "Remove all checkpoints but `path` and the one before"
+    "Remove all checkpoints but `path`, the one before, and the last one from between two epochs"
     self.kept = [*(p for p in self.kept if p != path), path][-2:]
-    for p in set(checkpoint_files(self.folder)) - {*self.kept}:
+    files = checkpoint_files(self.folder)
+    whole = [p for p in files if is_whole(p)][:1]
+    for p in {*files} - {*self.kept, *whole}:
         with suppress(OSError): p.unlink()
 
 # %% ../../nbs/69_resume.checkpoint.ipynb #dcdc3af4
@@ -160,8 +165,10 @@ def save(self:Checkpoint,
     self.lost += new
     warn_lost(self.run_dir, new)
     self.moved |= {(path, k) for path, values in state['changed'].items() for k in values}
-    write_state(path, dict(state, fits=self.fits, place=tuple(place), done=done, time=time.time()))
+    of_ranks = dict(processes=n_ranks(), ranks=rank_states(self.learn) if place.batch else [])
     self.saved = place
+    if this_rank(): return  # rank 0 alone writes
+    write_state(path, dict(state, fits=self.fits, place=tuple(place), done=done, time=time.time(), **of_ranks))
     self.keep(path)
 
 # %% ../../nbs/69_resume.checkpoint.ipynb #90463f1d
@@ -181,14 +188,16 @@ def begin_again(self:Checkpoint):
 def newest(self:Checkpoint):
     "State and file of the newest checkpoint, as `newest_checkpoint`"
     found, self.found = self.found, None
-    if found and checkpoint_files(self.folder)[:1] == [found[1]]: return found
-    return newest_checkpoint(self.run_dir, warn=found is None)  # damaged files were named when `found` was read
+    if not (found and checkpoint_files(self.folder)[:1] == [found[1]]):
+        found = newest_checkpoint(self.run_dir, warn=found is None)  # damaged files were named when `found` was read
+    if not found or found[0]['place'][1:] == ('train', 0) or not is_of_others(found[0]): return found
+    return newest_checkpoint(self.run_dir, whole=True)
 
 # %% ../../nbs/69_resume.checkpoint.ipynb #f1e1c198
 @patch
 def find(self:Checkpoint):
     "State and file of the newest checkpoint of this fit or of a later one; None where there is none"
-    found = self.newest()
+    found = found_by_main(self.newest)
     return found if found and len(found[0]['fits']) > self.n_fits else None
 
 # %% ../../nbs/69_resume.checkpoint.ipynb #0dd66109
@@ -240,6 +249,7 @@ def check(self:Checkpoint,
 ):
     "`ResumeError` if settings have changed since `state`, or it is incomplete; with `force` a UserWarning"
     found = changed_settings(self.learn, state, self.fits)
+    if is_of_others(state): found.pop('threads', None)  # a launcher gives each process fewer
     refused = refusal(self.learn, state, self.fits, found, self.fixed, self.force)
     check_settings(self.run_dir, describe_changes(found), refused)
     check_lost(path, state['lost'], self.force)
@@ -290,6 +300,7 @@ def restore(self:Checkpoint):
     forced = ForcedSettings(self.learn, state['fits'][self.n_fits], self.fits[-1])
     try: load_learner_state(self.learn, state, (int(place.part == 'valid'), place.batch), self.own_cbs())
     except ValueError as e: raise ResumeError(f'{self.kept[-1]}: {e}') from e
+    load_rank_state(self.learn, state)
     if self.force:
         forced.put_back()
         if place[1:] == ('train', 0) and not self.is_over: self.save(place)
@@ -297,7 +308,7 @@ def restore(self:Checkpoint):
     if hasattr(rec, 'start_epoch'): rec.start_epoch += time.time() - state['time']
     self.call_resumed()
     how = 'this fit is complete' if self.is_over else f'resuming from {place}'
-    print(f'{self.run_dir}: {how}', flush=True)
+    if this_rank() == 0: print(f'{self.run_dir}: {how}{others_text(state)}', flush=True)
 
 # %% ../../nbs/69_resume.checkpoint.ipynb #a56c4fde
 @patch

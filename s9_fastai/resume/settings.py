@@ -107,7 +107,7 @@ def describe_callback(
 
 # %% ../../nbs/65_resume.settings.ipynb #db0caa33
 # callbacks of ours that change no result, and one that the recipe's `norm` brings along
-_bystanders = ('checkpoint', 'finite_loss', 'run_log', 'skip_to', 'no_norm_decay')
+_bystanders = ('checkpoint', 'finite_loss', 'run_log', 'skip_to', 'no_norm_decay', 'rank_metrics')
 
 def _callbacks(learn):
     "Each callback that may change the result, by a name of its own"

@@ -21,6 +21,7 @@ from fastprogress.fastprogress import ConsoleMasterBar
 from ..core.files import append_text, cut_file, open_input
 from ..core.events import in_fit
 from ..core.paths import given_path
+from ..core.ranks import this_rank
 from ..core.text import shown
 
 # %% ../../nbs/56_training.record.ipynb #971aaf96
@@ -146,6 +147,7 @@ class RunLog(Callback):
     ):
         # `n_done`: epochs that are written down; `sizes`: bytes of each file with them
         self.run_dir, self.n_done, self.sizes = given_path(run_dir, 'run_dir'), 0, {}
+        if this_rank(): return  # of several processes, the first one alone writes
         try: self.run_dir.mkdir(parents=True, exist_ok=True)
         except (FileExistsError, NotADirectoryError) as e:
             file = next(p for p in (self.run_dir, *self.run_dir.parents) if p.exists())
@@ -200,7 +202,8 @@ def before_fit(self:RunLog):  # noqa: F811 (of another class)
     if not isinstance(self.recorder, EpochRecorder):
         raise ValueError('RunLog writes what an EpochRecorder has recorded: give the Learner one, '
                          'learn.remove_cb(learn.recorder) and learn.add_cb(EpochRecorder())')
-    if in_fit(self.learn): self.check_columns()
+    self.run = not this_rank()
+    if in_fit(self.learn) and self.run: self.check_columns()
 
 # %% ../../nbs/56_training.record.ipynb #cb97b7b4
 @patch
@@ -264,6 +267,7 @@ def _check_size(path, size):
 @patch
 def resumed(self:RunLog):
     "Remove the lines of epochs that are about to be repeated; ValueError where earlier ones are gone"
+    if this_rank(): return
     sizes = {self.run_dir/nm: self.sizes.get(nm, 0) for nm in ('log.txt', 'history.csv')}
     for p, size in sizes.items(): _check_size(p, size)
     for p, size in sizes.items():
