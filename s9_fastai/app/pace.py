@@ -13,7 +13,7 @@ import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 
-from .command import shell_command
+from .command import resume_command
 from ..core.cores import busy_cores, own_cores
 from ..core.events import in_fit
 
@@ -29,7 +29,7 @@ def slow_hint(
             'uses')
     if threads == 1: return f'{text} the core; end it, and the epochs are as fast as before'
     return (f"{text} some of the cores, and torch's {threads} threads wait for each other. End it; or stop this run "
-            f'and continue with one thread: {shell_command("s9_train --resume", run_dir)} --threads 1 --force (the '
+            f'and continue with one thread: {resume_command(run_dir)} --threads 1 --force (the '
             f'result is then not the one of {threads} threads)')
 
 # %% ../../nbs/75_app.pace.ipynb #062fdcbd

@@ -89,6 +89,8 @@ class Recipe:
     # Epochs from one step to the next
     step_size:Annotated[int, Interval(ge=1, le=1_000_000)] = _default(StepLR, 'step_size')
     gamma:Annotated[float, _rate] = _default(StepLR, 'gamma')  # Factor of lr at each step, below 1 for plateau
+    # Warm-up before the steps, in which lr rises, in epochs; 0: none
+    warmup:Annotated[int, Interval(ge=0, le=1000)] = _default(StepLR, 'warmup')
 
     def __post_init__(self):
         for nm in ('compute', 'opt', 'sched'): check_choice(nm, getattr(self, nm), CHOICES[nm])
@@ -116,7 +118,8 @@ class Recipe:
     def net(self, *args, **kwargs)->nn.Module: return build_net(**self.architecture(*args, **kwargs))
     def shapes(self)->nn.Module: return empty_net(**self.architecture())
     def scheduler(self)->list[Any]:
-        return lr_scheduler(self.sched, pct_start=self.pct_start, step_size=self.step_size, gamma=self.gamma)
+        more = dict(warmup=self.warmup) if self.sched == 'step' else {}
+        return lr_scheduler(self.sched, pct_start=self.pct_start, step_size=self.step_size, gamma=self.gamma, **more)
 
 # %% ../../nbs/71_app.recipe.ipynb #6f840440
 @patch
@@ -213,7 +216,7 @@ RECIPES = {'stated': Recipe(), 'logged': Recipe(step_size=20, dropout=0.05),
 
 # %% ../../nbs/71_app.recipe.ipynb #8f1ffcf1
 _net = 'arch', ('net',)
-_used_by = dict(pct_start=('sched', ('triangle',)), step_size=('sched', ('step',)),  # a field that uses it, and how
+_used_by = dict(pct_start=('sched', ('triangle',)), step_size=('sched', ('step',)), warmup=('sched', ('step',)),  # a field that uses it, and how
                 gamma=('sched', ('step', 'plateau')), n_channels=_net, norm=_net, dropout=_net)
 
 def _check_use(old, new):
@@ -238,3 +241,13 @@ def get_recipe(
     new = replace(recipe, **{k: v for k, v in overrides.items() if v is not None})
     _check_use(recipe, new)
     return new
+
+# %% ../../nbs/71_app.recipe.ipynb #0a3ca023
+@patch
+def scaled(self:Recipe,
+    bs:int, # Images a batch for which `lr` was chosen
+    warmup:int=5, # Epochs of the warm-up before steps, at most `epochs`
+)->Recipe:
+    "The recipe with its `lr` multiplied by its own `bs` divided by `bs`"
+    more = dict(warmup=max(self.warmup, min(warmup, self.epochs))) if self.sched == 'step' else {}
+    return replace(self, lr=self.lr*self.bs/bs, **more)

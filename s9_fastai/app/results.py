@@ -12,8 +12,9 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
-from .command import BadInput, RunFailed, plain_message, shell_command
+from .command import BadInput, RunFailed, plain_message, resume_command, shell_command
 from .folder import OpenFolder
 from .inputs import class_counts
 from ..core.files import read_input, replacing
@@ -25,6 +26,7 @@ from ..report.mistakes import plot_misclassified
 from ..report.outputs import Outputs
 from ..report.plots import plot_curves
 from ..resume.saved import ResumeError
+from ..training.watch import RankLost
 
 # %% ../../nbs/76_app.results.ipynb #c7835b81
 def print_epoch(
@@ -75,7 +77,7 @@ def next_step(
     if folder.is_replaced():
         return f'{shown(folder.path)} is no longer the folder of this run, so it cannot be resumed: start a new run'
     more = ' --force --lr RATE' if isinstance(e, FloatingPointError) else ''  # the same would fail again
-    return f'Resume from the last checkpoint: {shell_command("s9_train --resume", folder.path)}{more}'
+    return f'Resume from the last checkpoint: {resume_command(folder.path)}{more}'
 
 # %% ../../nbs/76_app.results.ipynb #da4dad12
 def is_input_error(
@@ -92,8 +94,12 @@ def resume_errors(
     "Raise errors in the block as `BadInput`, `Stopped` or `RunFailed`, with the command that resumes the run"
     try: yield
     except BrokenPipeError: raise
+    except RankLost as e:
+        failed:Any = RunFailed(str(e))
+        failed.speaks = e.speaks
+        raise failed from e
     except Stopped as e:
-        raise Stopped(e.signum, f'{e}: {shell_command("s9_train --resume", folder.path)}') from e
+        raise Stopped(e.signum, f'{e}: {resume_command(folder.path)}') from e
     except (ValueError, OSError, RuntimeError, MemoryError, FloatingPointError) as e:
         if isinstance(e, ValueError) and is_input_error(e): raise BadInput(plain_message(e)) from e
         raise RunFailed(f'{plain_message(e)}. {next_step(folder, e)}') from e
@@ -103,7 +109,7 @@ def opening_line(
     run_dir:Path, # The run's folder
 )->str:
     "The folder of the run, in the command that resumes it"
-    return f'to resume this run if it stops: {shell_command("s9_train --resume", run_dir)}'
+    return f'to resume this run if it stops: {resume_command(run_dir)}'
 
 # %% ../../nbs/76_app.results.ipynb #ec6e188f
 REACHED = {'fast': 85.7, 'best': 90.4}  # Test accuracy in %, mean of three seeds, all 50,000 training images

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 
 from .. import __version__
 from .checked import checked, field_range
-from .command import shell_command
+from .command import resume_command
 from .folder import in_use
 from .paths import recipe_path
 from .recipe import RECIPES, Recipe
@@ -45,6 +45,7 @@ class RunOptions:
     save_every:Annotated[int, Interval(ge=1, le=999_999)]|None = None # Save every N batches too; None: each epoch
     deterministic:bool = False # Use only deterministic algorithms of torch?
     threads:Annotated[int, Interval(ge=1, le=MAX_THREADS)]|None = None # CPU threads of torch; None: torch's choice
+    sync_norm:bool = False # With several processes, batch norm by the statistics of the whole batch?
     skip_bad:bool = False # Leave image files out that cannot be read? Else they are an error
     classes:str|None = None # Text file with a class on each line, in the order of the logits; None: sorted
     files:str|None = None # Column of a table with the names of the files; None, here and below: the usual names
@@ -72,7 +73,7 @@ class Run:
     options:RunOptions # How it is run
     record:dict[str, Any] = field(default_factory=dict) # The content of `recipe.json`; empty before it is written
 
-    def resume_command(self)->str: return shell_command('s9_train --resume', self.path)
+    def resume_command(self)->str: return resume_command(self.path)
 
 # %% ../../nbs/77_app.run.ipynb #61f9262f
 def _make(path, own):

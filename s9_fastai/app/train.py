@@ -9,7 +9,7 @@ __all__ = ['NET_FIELDS', 'check_paths', 'check_together', 's9_train', 's9_summar
 import os
 from typing import Any
 
-from .command import BadInput, run_command
+from .command import BadInput, quiet_rank, run_command
 from .options import stored_parser
 from .paths import recipe_path
 from ..cifar.facts import data_path
@@ -53,7 +53,7 @@ def check_together(
     if resume is None and force: raise BadInput('--force needs --resume: a new run has no settings to keep')
     for nm, v in new.items():
         if resume is not None and v is not None:
-            raise BadInput(f'--{nm} is for a new run and --resume for an existing one: leave one out')
+            raise BadInput(f'--{nm.replace("_", "-")} is for a new run and --resume for an existing one: leave one out')
 
 # %% ../../nbs/79_app.train.ipynb #cd7b00a4
 def s9_train(
@@ -69,6 +69,8 @@ def s9_train(
     save_every:int=None, # Save every N training batches too; default: after each epoch only
     deterministic:bool=False, # Use only deterministic algorithms of torch; on a CPU all are
     threads:int=None, # CPU threads, which the result depends on; default: torch's choice, with --resume the run's own
+    sync_norm:bool=False, # With several processes, batch norm by the statistics of the whole batch, not of each part
+    scale_lr:bool=False, # Multiply lr by --bs divided by the recipe's bs, with a warm-up of 5 epochs before steps
     skip_bad:bool=False, # Leave image files out that cannot be read; default: they are an error
     classes:str=None, # Text file with a class on each line, in the order of the logits; default: sorted
     files:str=None, # Column of a table with the names of the files; default: file, filename, path, image, ...
@@ -78,21 +80,26 @@ def s9_train(
     **overrides # Fields of the recipe, such as `epochs=3`
 ): # The trained `Learner`
     "Train a network on images and write a run folder: recipe, log, history, checkpoints, weights and figures"
-    check_together(resume, force, out=out, recipe=recipe, teacher=teacher)
+    check_together(resume, force, out=out, recipe=recipe, teacher=teacher, scale_lr=scale_lr or None)
     check_paths(data, resume, out, teacher, overrides.get('distill'), overrides.get('pretrained'))
     from s9_fastai.app import training
+    from s9_fastai.training.distributed import process_group
     own:dict[str, Any] = dict(seed=seed, workers=workers, device=device, save_every=save_every,
-                              deterministic=deterministic or None, threads=threads, skip_bad=skip_bad or None,
+                              deterministic=deterministic or None, threads=threads, sync_norm=sync_norm or None,
+                              skip_bad=skip_bad or None,
                               classes=classes, files=files, labels=labels, split=split, delim=delim)
     own = {k: v for k, v in own.items() if v is not None}
-    if resume is not None:
-        with training.input_errors(): run = training.resume_run(resume, own, overrides, data, force)
+    with process_group():
+        resume = resume if resume is not None else training.restarted_run()
+        if resume is not None:
+            with training.input_errors(): run = training.resume_run(resume, own, overrides, data, force)
+            return training.train_run(*run)
+        name = recipe if recipe is not None else 'sample' if str(data) == 'sample' else 'stated'
+        with training.input_errors():
+            made = training.get_recipe(name, **overrides)
+            if scale_lr: made = made.scaled(training.get_recipe(name).bs)
+            run = training.start_run(made, training.RunOptions(name, **own), data, teacher, out)
         return training.train_run(*run)
-    name = recipe if recipe is not None else 'sample' if str(data) == 'sample' else 'stated'
-    with training.input_errors():
-        made = training.get_recipe(name, **overrides), training.RunOptions(name, **own)
-        run = training.start_run(*made, data, teacher, out)
-    return training.train_run(*run)
 
 # %% ../../nbs/79_app.train.ipynb #84c4f16c
 def s9_summary(
@@ -117,6 +124,7 @@ NET_FIELDS = ('arch', 'n_channels', 'norm', 'dropout')
 # %% ../../nbs/79_app.train.ipynb #37827668
 def main_train():
     "The command `s9_train`"
+    quiet_rank()
     run_command(s9_train, parser=stored_parser(s9_train))
 
 # %% ../../nbs/79_app.train.ipynb #8c335919

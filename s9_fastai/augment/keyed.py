@@ -38,7 +38,8 @@ def _place(s):
 # %% ../../nbs/11_augment.keyed.ipynb #4c0772ef
 class KeyedDL(TfmdDL):
     "A `TfmdDL` whose order depends on (seed, epoch) and whose draws for an item on (seed, epoch, item) alone"
-    not_saved:tuple = ('seed', 'epoch', 'n_new', 'nth', 'begin', 'drawn', 'making', 'share')  # the first three are saved
+    not_saved:tuple = ('seed', 'epoch', 'n_new', 'nth', 'begin', 'drawn', 'making',
+                       'share')  # the first three are saved
     making = False  # a batch at this moment?
     share:Share|None = None  # the part of each batch that is made here; None: the whole
 

@@ -220,7 +220,7 @@ def before_fit(self:DataParallel):
     for o in _notes(self.learn): o.is_shared = True
 
 @patch
-def before_train(self:DataParallel):
+def before_train(self:DataParallel):  # noqa: F811 (of another class)
     "Seed the generators for the first batch that is trained, which is in the middle of an epoch where a run resumes"
     if not in_fit(self.learn): return
     dl = self.dls.train
@@ -228,7 +228,7 @@ def before_train(self:DataParallel):
     self.seed(epoch, dl.begin[1] if dl.begin[0] == epoch else 0)
 
 @patch
-def after_batch(self:DataParallel):
+def after_batch(self:DataParallel):  # noqa: F811 (of another class)
     "Seed the generators for the next batch"
     if not in_fit(self.learn): return
     if hasattr(self.learn, 'recorder'): self.recorder.run = True

@@ -7,6 +7,7 @@ __all__ = ['SyncedNorm', 'synced_norms']
 
 # %% ../../nbs/51_training.sync_norm.ipynb #23f8190e
 from contextlib import contextmanager
+from typing import Any
 
 import torch, torch.distributed as dist
 from torch import nn
@@ -41,19 +42,27 @@ def _whole_stats(x, ref):
 # %% ../../nbs/51_training.sync_norm.ipynb #700bcb74
 class SyncedNorm(nn.modules.batchnorm._BatchNorm):
     "Batch norm by the statistics of all processes in training; else that of its second base class"
+    running_mean:Any
+    running_var:Any
+    num_batches_tracked:Any
+    momentum:Any
+
     def _get_name(self): return type(self).__mro__[2].__name__
 
     def is_synced(self):
         "Does this pass take the statistics of all processes?"
         return self.training and n_ranks() > 1 and self.track_running_stats and self.momentum is not None
 
+    def update(self, mean, var):
+        "Move the running statistics"
+        self.num_batches_tracked.add_(1)
+        self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
+        self.running_var.lerp_(var.to(self.running_var.dtype), self.momentum)
+
     def forward(self, x):
         if not self.is_synced(): return super().forward(x)
         n, mean, var = _whole_stats(x, self.running_mean)
-        with torch.no_grad():
-            self.num_batches_tracked.add_(1)
-            self.running_mean.lerp_(mean.to(self.running_mean.dtype), self.momentum)
-            self.running_var.lerp_((var*(n/(n - 1))).to(self.running_var.dtype), self.momentum)
+        self.update(mean.detach(), (var*(n/(n - 1))).detach())
         scale = (var + self.eps).rsqrt()
         if self.affine: scale = scale*self.weight
         shift = -mean*scale + (self.bias if self.affine else 0)
@@ -66,7 +75,7 @@ class _Synced3d(SyncedNorm, nn.BatchNorm3d): pass
 class _SyncedFast2d(SyncedNorm, FastBatchNorm2d): pass
 
 # %% ../../nbs/51_training.sync_norm.ipynb #6cbdc668
-_synced = {nn.BatchNorm1d: _Synced1d, nn.BatchNorm2d: _Synced2d, nn.BatchNorm3d: _Synced3d,
+_synced:dict[type, type] = {nn.BatchNorm1d: _Synced1d, nn.BatchNorm2d: _Synced2d, nn.BatchNorm3d: _Synced3d,
            FastBatchNorm2d: _SyncedFast2d}
 
 @contextmanager
