@@ -5,6 +5,7 @@ import os
 import runpy
 import subprocess
 import sys
+import time
 import warnings
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -16,7 +17,8 @@ server.set_forkserver_preload(['torch', 'torchvision', 'pandas', 'matplotlib.pyp
 
 
 def main(path, args, cwd, env, out, err):
-    "The life of the process: `path` as Python runs it from a shell"
+    "The life of the process: `path` as Python runs it from a shell, in a session of its own"
+    os.setsid()
     for fd, file in ((1, out), (2, err)): os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), fd)
     os.chdir(cwd)
     os.environ.clear()
@@ -28,12 +30,36 @@ def main(path, args, cwd, env, out, err):
     runpy.run_path(path, run_name='__main__')
 
 
-def run(path, *args, cwd='.', **env):
-    "As `subprocess.run` of Python with the script `path`, its output captured as text, and `env` beside the present environment"
-    with TemporaryDirectory() as tmp:
-        out, err = Path(tmp)/'out', Path(tmp)/'err'
-        args = [*map(str, args)]
-        p = server.Process(target=main, args=(str(path), args, str(cwd), {**os.environ, **env}, str(out), str(err)))
-        p.start()
-        p.join()
-        return subprocess.CompletedProcess([path, *args], p.exitcode, *(o.read_text(encoding='utf-8') if o.exists() else '' for o in (out, err)))
+class Script:
+    "As `subprocess.Popen` of Python with the script `path`, its output captured as text, and `env` beside the present environment"
+    def __init__(self, path, *args, cwd='.', **env):
+        self.tmp = TemporaryDirectory()
+        self.args, (self.out, self.err) = [str(path), *map(str, args)], (Path(self.tmp.name)/nm for nm in ('out', 'err'))
+        self.p = server.Process(target=main, args=(str(path), self.args[1:], str(cwd), {**os.environ, **env}, str(self.out), str(self.err)))
+        self.p.start()
+        self.pid = self.p.pid
+
+    @property
+    def stdout(self): return self.out.read_text(encoding='utf-8') if self.out.exists() else ''
+
+    @property
+    def stderr(self): return self.err.read_text(encoding='utf-8') if self.err.exists() else ''
+
+    @property
+    def returncode(self): return self.p.exitcode
+
+    def wait_for(self, text):
+        "Until its output has `text`"
+        while text not in self.stdout:
+            assert self.returncode is None, self.stderr
+            time.sleep(0.02)
+
+    def end(self):
+        "When it has ended: its exit code and its output"
+        self.p.join()
+        with self.tmp: return subprocess.CompletedProcess(self.args, self.returncode, self.stdout, self.stderr)
+
+
+def run(path, *args, **kwargs):
+    "As `subprocess.run` of Python with the script `path`; see `Script`"
+    return Script(path, *args, **kwargs).end()
