@@ -11,6 +11,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 bin = Path(sys.executable).parent  # with the commands of the package
+quick_train = Path(__file__).parent/'train_without_pictures.py'
 server = multiprocessing.get_context('forkserver')
 # of others only: the package itself is imported anew in each process
 server.set_forkserver_preload(['torch', 'torchvision', 'pandas', 'matplotlib.pyplot', 'albumentations', 'fastai.learner', 'fastai.vision.learner'])
