@@ -64,3 +64,12 @@ class Script:
 def run(path, *args, **kwargs):
     "As `subprocess.run` of Python with the script `path`; see `Script`"
     return Script(path, *args, **kwargs).end()
+
+
+def python(code, **env):
+    "What Python prints for `code`, in a process that has not loaded the package"
+    with TemporaryDirectory() as tmp:
+        (Path(tmp)/'code.py').write_text(code, encoding='utf-8')
+        done = run(Path(tmp)/'code.py', **env)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
