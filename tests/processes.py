@@ -17,9 +17,9 @@ server = multiprocessing.get_context('forkserver')
 server.set_forkserver_preload(['torch', 'torchvision', 'pandas', 'matplotlib.pyplot', 'albumentations', 'fastai.learner', 'fastai.vision.learner'])
 
 
-def main(path, args, cwd, env, out, err):
-    "The life of the process: `path` as Python runs it from a shell, in a session of its own"
-    os.setsid()
+def main(path, args, cwd, env, out, err, is_group):
+    "The life of the process: `path` as Python runs it from a shell"
+    if is_group: os.setsid()
     for fd, file in ((1, out), (2, err)): os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), fd)
     os.chdir(cwd)
     os.environ.clear()
@@ -32,11 +32,11 @@ def main(path, args, cwd, env, out, err):
 
 
 class Script:
-    "As `subprocess.Popen` of Python with the script `path`, its output captured as text, and `env` beside the present environment"
-    def __init__(self, path, *args, cwd='.', **env):
+    "As `subprocess.Popen` of Python with the script `path`, its output captured as text, and `env` beside the present environment; alone in a group?"
+    def __init__(self, path, *args, cwd='.', is_group=False, **env):
         self.tmp = TemporaryDirectory()
         self.args, (self.out, self.err) = [str(path), *map(str, args)], (Path(self.tmp.name)/nm for nm in ('out', 'err'))
-        self.p = server.Process(target=main, args=(str(path), self.args[1:], str(cwd), {**os.environ, **env}, str(self.out), str(self.err)))
+        self.p = server.Process(target=main, args=(str(path), self.args[1:], str(cwd), {**os.environ, **env}, str(self.out), str(self.err), is_group))
         self.p.start()
         self.pid = self.p.pid
 

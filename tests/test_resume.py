@@ -422,7 +422,7 @@ def test_deterministic_is_told_and_changes_nothing_on_a_cpu(tmp_path):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_signal_ends_the_command_in_good_order(tmp_path, num, code, workers):
     args = '--data', 'sample', '--epochs', 40, '--bs', 100, '--n-channels', 4, '--workers', workers, '--out', tmp_path/'run'
-    p = Script(bin/'s9_train', *args)
+    p = Script(bin/'s9_train', *args, is_group=True)
     p.wait_for('epoch   1')
     os.killpg(p.pid, getattr(signal, num))  # a terminal's Ctrl-C and a batch system's SIGTERM go to the workers too
     done = p.end()
