@@ -17,7 +17,7 @@ server = multiprocessing.get_context('forkserver')
 server.set_forkserver_preload(['torch', 'torchvision', 'pandas', 'matplotlib.pyplot', 'albumentations', 'fastai.learner', 'fastai.vision.learner'])
 
 
-def main(path, args, cwd, env, out, err, is_group):
+def main(path, args, cwd, env, out, err, is_group, method):
     "The life of the process: `path` as Python runs it from a shell"
     if is_group: os.setsid()
     for fd, file in ((1, out), (2, err)): os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), fd)
@@ -26,6 +26,7 @@ def main(path, args, cwd, env, out, err, is_group):
     os.environ.update(env)
     sys.argv, sys.path[0] = [path, *args], str(Path(path).parent)
     warnings.simplefilter('ignore')
+    multiprocessing.set_start_method(method, force=True)  # its workers start as they do from a shell, not by the server
     of_method = multiprocessing.get_context
     multiprocessing.get_context = lambda method=None: of_method('forkserver' if method == 'spawn' else method)  # from the same server
     runpy.run_path(path, run_name='__main__')
@@ -36,7 +37,7 @@ class Script:
     def __init__(self, path, *args, cwd='.', is_group=False, **env):
         self.tmp = TemporaryDirectory()
         self.args, (self.out, self.err) = [str(path), *map(str, args)], (Path(self.tmp.name)/nm for nm in ('out', 'err'))
-        self.p = server.Process(target=main, args=(str(path), self.args[1:], str(cwd), {**os.environ, **env}, str(self.out), str(self.err), is_group))
+        self.p = server.Process(target=main, args=(str(path), self.args[1:], str(cwd), {**os.environ, **env}, str(self.out), str(self.err), is_group, multiprocessing.get_start_method()))
         self.p.start()
         self.pid = self.p.pid
 

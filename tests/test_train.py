@@ -326,7 +326,7 @@ def test_a_triangle_is_made_longer_by_force_alone(tmp_path, no_pictures):
     assert rates[2:] == pytest.approx([0.3*(1 - pct)/0.8 for pct in (2.75/4, 3.75/4)])
 
 
-def test_a_run_ends_where_it_is_told_to_end(two, no_pictures):
+def test_a_run_ends_where_it_is_told_to_end(two):
     "Killed in its third epoch, and then content with two"
     recipe, weights = two/'recipe.json', load_file(two/'weights.safetensors')
     recipe.write_text(json.dumps({**json.loads(recipe.read_text()), 'epochs': 3}))
