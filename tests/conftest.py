@@ -3,6 +3,7 @@ gets, and the table has it word for word"""
 import json
 import os
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -49,3 +50,25 @@ def fault(request, tmp_path):
         assert row, f'no row {what!r} in {path.name}: run pytest --write-faults'
         assert (test, own_words(message)) == (row['test'], own_words(row['message'])), 'the table is old: run pytest --write-faults'
     return show
+
+
+@contextmanager
+def without_pictures():
+    from s9_fastai.app import results
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(results, 'plot_curves', lambda history, path, lrs: path.touch())
+        m.setattr(results, 'plot_misclassified', lambda learn, path: path.touch())
+        m.setattr(results, 'write_page', lambda learn, folder, record, path, *args: path.touch())
+        yield
+
+
+@pytest.fixture
+def no_pictures():
+    "Runs in this process leave empty files in the place of pictures and report, which take seconds; test_train and test_report look at those"
+    with without_pictures(): yield
+
+
+@pytest.fixture(scope='module')
+def no_pictures_in_module():
+    "As `no_pictures`, for all tests of a module and for its own fixtures"
+    with without_pictures(): yield

@@ -19,6 +19,7 @@ from fastai.vision.data import ImageBlock
 from fastcore.basics import fastuple
 from fastcore.foundation import L
 from PIL import Image
+from processes import python
 
 from s9_fastai.augment.item import AlbumentationsTransform, KeyedRandom, SubpixelAffine
 from s9_fastai.augment.policies import POLICIES, get_policy, reference_policy
@@ -457,7 +458,7 @@ for make in (lambda: AlbumentationsTransform(reference_policy(32)), lambda: pick
     make()
     print(cv2.getNumThreads())'''
     (tmp_path/'tfm.pkl').write_bytes(pickle.dumps(AlbumentationsTransform(reference_policy(32))))
-    assert run(code).split() == ['1', '1']
+    assert python(code).split() == ['1', '1']
 
 
 def test_a_second_process_draws_the_same(img):

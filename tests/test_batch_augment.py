@@ -4,6 +4,7 @@ import pickle
 import random
 import warnings
 from dataclasses import replace
+from functools import cache
 from unittest import mock
 
 import cv2
@@ -225,7 +226,9 @@ def p_value(a, b):
 def width(t): return 32 if isinstance(t, A.RandomRotate90) else 40
 
 
-def albumentations_draws(t, h=32, n=n_draws):
+@cache
+def albumentations_draws(name, h=32, n=n_draws):
+    t = make(name)
     w = width(t)
     img, drawn = np.full((h, w, 3), 100, np.uint8), []
     t.set_random_seed(0)
@@ -251,7 +254,7 @@ drawing = ['subpixel, reflect_101', 'subpixel, replicate', 'affine, whole pixels
 @pytest.mark.parametrize('name', drawing)
 def test_draws_are_distributed_as_albumentations(name):
     t = make(name)
-    assert least_p(batch_draws(twin(t), width(t)), albumentations_draws(t)) > 1e-4
+    assert least_p(batch_draws(twin(t), width(t)), albumentations_draws(name)) > 1e-4
 
 
 @pytest.mark.parametrize('name, wrong', [
@@ -265,13 +268,13 @@ def test_draws_are_distributed_as_albumentations(name):
     ('jitter', dict(saturation=(0.8, 1.18)))])
 def test_the_comparison_sees_a_wrong_range(name, wrong):
     t = make(name)
-    assert least_p(batch_draws(replace(twin(t), **wrong)), albumentations_draws(t)) < 1e-6
+    assert least_p(batch_draws(replace(twin(t), **wrong)), albumentations_draws(name)) < 1e-6
 
 
 @pytest.mark.parametrize('name', drawing)
 def test_draws_of_one_image_are_independent_where_albumentations_are(name):
     t = make(name)
-    corr = [np.corrcoef([c for c in columns(par).values() if c.std()]) for par in (batch_draws(twin(t), width(t)), albumentations_draws(t))]
+    corr = [np.corrcoef([c for c in columns(par).values() if c.std()]) for par in (batch_draws(twin(t), width(t)), albumentations_draws(name))]
     assert corr[0].shape == corr[1].shape and np.abs(corr[0] - corr[1]).max() < 6/n_draws**0.5
 
 

@@ -13,10 +13,37 @@ modules = 'common.py', 'speed/methods.py', 'speed/rounds.py'
 def bench(script, *args, **env): return run(folder/script, *args, cwd=folder.parent, **env)
 
 
-@pytest.mark.parametrize('script', scripts)
-def test_it_imports_and_has_options(script):
-    done = bench(script, '--help')
-    assert done.returncode == 0 and (script in modules) != ('usage: ' in done.stdout), done.stderr
+# `--help` of each script in a fork of one process, which has imported the package: nothing of one script is there for the next
+helps = """
+import json, os, runpy, sys
+from contextlib import redirect_stdout
+from pathlib import Path
+import s9_fastai.app.train, s9_fastai.app.learner, s9_fastai.app.predict
+tmp, folder, scripts = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:]
+
+def help_of(path, out):
+    sys.argv, sys.path[0] = [str(path), '--help'], str(path.parent)
+    with redirect_stdout(out):
+        try: runpy.run_path(str(path), run_name='__main__')
+        except SystemExit as e: return e.code or 0
+    return 0
+
+for i, script in enumerate(scripts):
+    pid = os.fork()
+    if pid == 0:
+        code = 1
+        try:
+            with open(tmp/str(i), 'w') as out: code = help_of(folder/script, out)
+        finally: os._exit(code)
+    print(json.dumps([script, os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), (tmp/str(i)).read_text()]))
+"""
+
+
+def test_each_imports_and_has_options(tmp_path):
+    (tmp_path/'helps.py').write_text(helps)
+    done = run(tmp_path/'helps.py', tmp_path, folder, *scripts, cwd=folder.parent)
+    found = {script: (code, 'usage: ' in text) for script, code, text in map(json.loads, done.stdout.splitlines())}
+    assert found == {script: (0, script not in modules) for script in scripts}, done.stderr
 
 
 def test_there_are_scripts(): assert len(scripts) > 12 and {f.split('/')[0] for f in scripts} == {'common.py', 'speed', 'trust', 'accuracy'}
@@ -24,9 +51,9 @@ def test_there_are_scripts(): assert len(scripts) > 12 and {f.split('/')[0] for 
 
 def test_a_run_prints_a_table_and_appends_lines(tmp_path):
     args = ['speed/loaders.py', '--out', tmp_path/'results', *'--data sample --images 300 --workers 0 --repeats 1 --methods'.split()]
-    for methods, n in ((['fastai', 'item', 'batch'], 3), (['batch'], 4)):
+    for methods, row, n in ((['fastai', 'item'], '| item path, 1 process ', 2), (['batch'], '| batch path, 1 process ', 3)):
         done = bench(*args, *methods)
-        assert done.returncode == 0 and '| batch path, 1 process ' in done.stdout, done.stderr
+        assert done.returncode == 0 and row in done.stdout, done.stderr
         lines = [json.loads(o) for o in (tmp_path/'results'/'loaders.jsonl').read_text().splitlines()]
         assert len(lines) == n
     o = lines[-1]

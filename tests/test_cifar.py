@@ -2,7 +2,6 @@
 import importlib.util
 import os
 import pickle
-import subprocess
 import sys
 import tarfile
 import zipfile
@@ -13,6 +12,7 @@ import numpy as np
 import pytest
 from fastai.data.external import fastai_cfg
 from PIL import Image
+from processes import Script
 
 import s9_fastai.cifar.cache as caching
 import s9_fastai.data.cache as data_cache
@@ -457,11 +457,11 @@ def test_two_processes_at_once_both_end_well(tmp_path, tiny, arrays):
             '    return out\n'
             'c.read_source = slow\n'
             'print(load.load_cifar(*sys.argv[1:3]).key)')
+    (tmp_path/'load.py').write_text(code)
     marks = [str(tmp_path/'m0'), str(tmp_path/'m1')]
-    cmd = [sys.executable, '-W', 'ignore', '-c', code, tiny, tmp_path/'c']
-    ps = [subprocess.Popen([*cmd, *m], stdout=subprocess.PIPE, text=True) for m in (marks, marks[::-1])]
-    keys = [p.communicate(timeout=120)[0] for p in ps]
-    assert [p.returncode for p in ps] == [0, 0] and keys[0] == keys[1] != ''
+    done = [p.end() for p in [Script(tmp_path/'load.py', tiny, tmp_path/'c', *m) for m in (marks, marks[::-1])]]
+    keys = [o.stdout for o in done]
+    assert [o.returncode for o in done] == [0, 0] and keys[0] == keys[1] != ''
     assert [p.name for p in (tmp_path/'c').iterdir()] == [source_key(tiny)]
     assert load_cifar(tiny, tmp_path/'c').key == keys[0].strip()
 
@@ -551,8 +551,8 @@ def test_make_sample_refuses_too_few_images(tiny):
 
 
 @needs_data
-def test_the_full_set(tmp_path):
-    ds = load_cifar(cache_dir=tmp_path)
+def test_the_full_set():
+    ds = load_cifar()
     assert np.bincount(ds.train.labels).tolist() == [5000]*10 and np.bincount(ds.test.labels).tolist() == [1000]*10
     for full, part, n in zip(ds[:2], load_cifar('sample')[:2], (200, 50)):
         first = np.sort(np.concatenate([np.flatnonzero(full.labels == c)[:n] for c in range(10)]))

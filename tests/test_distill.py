@@ -3,13 +3,13 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 from pathlib import Path
 from time import sleep
 
 import pytest
 import torch
+from processes import Script, bin
 from safetensors.torch import load_file
 
 from s9_fastai.cifar.load import load_cifar
@@ -22,14 +22,15 @@ from s9_fastai.app.recipe import get_recipe
 from s9_fastai.app.command import BadInput
 from s9_fastai.app.train import s9_train
 
-options = dict(data='sample', recipe='stated', distill=0.5, bs=250, policy='flip_crop', augment='batch', epochs=2, seed=3)
+pytestmark = pytest.mark.usefixtures('no_pictures_in_module')
+options = dict(data='sample', recipe='stated', n_channels=4, distill=0.5, bs=250, policy='flip_crop', augment='batch', epochs=2, seed=3)
 
 
 @pytest.fixture(scope='module')
-def pupil(tmp_path_factory):
+def pupil(tmp_path_factory, no_pictures_in_module):
     "A run of two epochs that had a teacher"
     tmp = tmp_path_factory.mktemp('runs')
-    s9_train('sample', n_channels=8, bs=250, epochs=1, out=tmp/'teacher')
+    s9_train('sample', n_channels=6, bs=250, epochs=1, out=tmp/'teacher')
     s9_train(**options, teacher=tmp/'teacher', out=tmp/'pupil')
     return tmp/'pupil'
 
@@ -51,15 +52,13 @@ def test_the_teacher_matters(pupil, tmp_path):
 
 @pytest.mark.skipif(sys.platform == 'win32', reason='Windows has no SIGTERM')
 def test_stopped_in_an_epoch_it_goes_on_to_the_bit(pupil, tmp_path):
-    names = ('data', 'recipe', 'bs', 'policy', 'augment', 'epochs', 'seed')
-    args = [o for k in names for o in (f'--{k}', str(options[k]))]
-    command = [Path(sys.executable).parent/'s9_train', *args, '--distill', '0.5', '--teacher', pupil.parent/'teacher', '--save-every', '1', '--out', tmp_path/'run']
-    p = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    args = [str(o) for k, v in options.items() for o in (f'--{k.replace("_", "-")}', v)]
+    script = Script(bin/'s9_train', *args, '--teacher', pupil.parent/'teacher', '--save-every', 1, '--out', tmp_path/'run')
     while not [*(tmp_path/'run'/'checkpoints').glob('00-00001-train-00000[2-7].safetensors')]:
-        assert p.poll() is None
+        assert script.returncode is None
         sleep(0.02)
-    os.kill(p.pid, signal.SIGTERM)
-    assert p.wait() == 128 + signal.SIGTERM and not (tmp_path/'run'/'weights.safetensors').exists()
+    os.kill(script.pid, signal.SIGTERM)
+    assert script.end().returncode == 128 + signal.SIGTERM and not (tmp_path/'run'/'weights.safetensors').exists()
     s9_train(resume=tmp_path/'run')
     assert same_weights(pupil, tmp_path/'run')
 

@@ -23,6 +23,7 @@ from fastdownload.core import path_stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from processes import Script
 from test_cifar import assert_same, deep, deep_rgb, evil_pickles, home, png, tar_of, tiny_arrays, write_batches, write_fastai
 
 import s9_fastai.cifar.cache as caching
@@ -641,21 +642,20 @@ def test_a_damaged_entry_that_cannot_be_replaced(tiny, cache, fault, monkeypatch
 
 
 def test_two_processes_build_the_same_cache_at_once(tiny, tmp_path, cache, fault):
-    code = ('import sys, time, s9_fastai.data.cache as c, s9_fastai.cifar.load as load\nfrom pathlib import Path\n'
+    code = ('import sys, time, warnings, s9_fastai.data.cache as c, s9_fastai.cifar.load as load\nfrom pathlib import Path\n'
             'real = c.build_entry\n'
             'def build(*a):\n'  # both are about to write before either one does
             '    Path(sys.argv[3]).touch()\n'
             '    while not all(Path(p).exists() for p in sys.argv[3:]): time.sleep(.01)\n'
             '    real(*a)\n'
             'c.build_entry = build\n'
+            'warnings.simplefilter("error", UserWarning)\n'
             'print(load.load_cifar(*sys.argv[1:3]).key)')
     marks, other = [str(tmp_path/'m0'), str(tmp_path/'m1')], snapshot(cache)
-    ps = [subprocess.Popen([sys.executable, '-W', 'error::UserWarning', '-c', code, tiny, cache, *m], stdout=-1, stderr=-1, text=True)
-          for m in (marks, marks[::-1])]
-    said = [p.communicate(timeout=120) for p in ps]
+    (tmp_path/'load.py').write_text(code)
+    done = [p.end() for p in [Script(tmp_path/'load.py', tiny, cache, *m) for m in (marks, marks[::-1])]]
     ds = load_cifar(tiny, cache)
-    assert [p.returncode for p in ps] == [0, 0], said
-    assert said == [(f'{ds.key}\n', '')]*2
+    assert [(o.returncode, o.stdout, o.stderr) for o in done] == [(0, f'{ds.key}\n', '')]*2
     assert_same(ds[:2], tiny_arrays(10))
     assert len(list(cache.iterdir())) == 2 and other.items() <= snapshot(cache).items()
     fault('download', 'two processes that build the same cache at once', nothing + 'both end with the same images')

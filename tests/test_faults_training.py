@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from contextlib import suppress
 from pathlib import Path
 
 import matplotlib
@@ -29,6 +28,7 @@ from fastai.vision.core import PILImage
 from fastai.vision.data import ImageBlock
 from fastcore.basics import noop
 from PIL import Image
+from processes import Script, bin
 from test_cifar import tiny_arrays, write_fastai
 
 from s9_fastai.resume.checkpoint import Checkpoint
@@ -49,8 +49,7 @@ from s9_fastai.core.weights import save_weights
 from s9_fastai.test_utils import synth_cifar, synth_images
 from s9_fastai.app.train import main_train
 
-pytestmark = pytest.mark.skipif(sys.platform == 'win32', reason='Windows has no SIGKILL and no limit of file sizes')
-bin = Path(sys.executable).parent
+pytestmark = [pytest.mark.skipif(sys.platform == 'win32', reason='Windows has no SIGKILL and no limit of file sizes'), pytest.mark.usefixtures('no_pictures_in_module')]
 epoch_re = re.compile(r'EPOCH: \d+\nLoss=\S+ Batch_id=\d+ Accuracy=\S+\n\nTest set: Average loss: \S+, Accuracy: \d+/\d+ \(\S+%\)\n\nLearning rate: \S+\n')
 nothing = 'no message: '  # for the faults that do no harm
 
@@ -124,16 +123,16 @@ def message(kind, f, *args, **kwargs):
     return plain_message(e.value)
 
 
-def command(*args, cwd, **kwargs):
+def command(*args, cwd):
     "`s9_train` on the sample, in batches of 250"
-    data = () if '--resume' in args else ('--data', 'sample', '--recipe', 'stated', '--bs', 250, '--norm', 'ln')
-    return subprocess.Popen([bin/'s9_train', *map(str, (*data, *args))], cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **kwargs)
+    return Script(bin/'s9_train', '--data', 'sample', '--recipe', 'stated', '--bs', 250, '--norm', 'ln', *args, cwd=cwd)
 
 
 def one_line(p, code):
-    "The line that the process `p` ends with"
-    out, err = p.communicate(timeout=120)
-    assert p.returncode == code, err
+    "The line that the script `p` ends with"
+    done = p.end()
+    err = done.stderr
+    assert done.returncode == code, err
     assert err.count('\n') == 1 and err.startswith('s9_train: '), err
     return err
 
@@ -333,13 +332,13 @@ def eventually(f, seconds=20):
 @pytest.mark.skipif(not Path('/proc').is_dir(), reason='needs the list of processes of Linux')
 def test_the_command_whose_worker_is_killed(tmp_path, fault, here):
     p = command('--epochs', 50, '--n-channels', 4, '--workers', 2, '--out', tmp_path/'run', cwd=tmp_path)
-    assert any('epoch   1' in ln for ln in p.stdout)
+    p.wait_for('epoch   1')
     workers = set()
-    while p.poll() is None and len(workers) < 40:  # one that has handed in its last batch is not missed
+    while p.returncode is None and len(workers) < 40:  # one that has handed in its last batch is not missed
         for pid in children(p.pid)[-1:]:
             workers.update(children(p.pid))
             os.kill(pid, signal.SIGKILL)
-        with suppress(subprocess.TimeoutExpired): p.wait(0.7)
+        p.p.join(0.7)
     msg = one_line(p, 1)
     assert 'worker' in msg and f's9_train --resume {tmp_path}/run' in msg
     assert eventually(lambda: all(map(is_gone, workers)))

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from processes import bin, run
+from processes import quick_train, run
 from test_cifar import home  # noqa: F401, a fixture
 from test_faults_data import make_odd, odd_names, posix, replace_by, snapshot, steady
 
@@ -551,14 +551,14 @@ def alone(path, *args):
 
 def train_killed(folder, *args, kills=(), start=run):
     """The bytes of the weights of a run with the options `args`, and a hash of weights, history and log; it ends itself with SIGKILL
-    right after the checkpoints with the numbers `kills`, counted from each start"""
+    at `kills`: what is done to a checkpoint, as in kill.KINDS, and the number of the checkpoint, counted from each start"""
     (script := folder.parent/'trap.py').write_text(kill.TRAP)
     command = args
-    for n in kills:
-        done = start(script, 'after the rename', n, *command, '--out' if command is args else '--resume', folder)
+    for kind, n in kills:
+        done = start(script, kind, n, *command, '--out' if command is args else '--resume', folder)
         assert done.returncode == -signal.SIGKILL, done.stderr
         command = ()
-    done = start(bin/'s9_train', *command, '--out' if command is args else '--resume', folder)
+    done = start(quick_train, *command, '--out' if command is args else '--resume', folder)
     assert done.returncode == 0, done.stderr
     return (folder/'weights.safetensors').read_bytes(), kill.fingerprint(folder)
 
@@ -576,7 +576,7 @@ def test_a_run_that_is_killed_twice(pictures, tmp_path, home):  # noqa: F811
     "In the midst of the first and of the second epoch"
     args = '--data', pictures, *many
     whole = train_killed(tmp_path/'whole', *args)
-    assert train_killed(tmp_path/'killed', *args, kills=(0, 3)) == whole
+    assert train_killed(tmp_path/'killed', *args, kills=[('after the rename', 0), ('after the rename', 3)]) == whole
 
 
 @posix
@@ -587,4 +587,4 @@ def test_killed_twice_with_and_without_workers(pictures, tmp_path, home, augment
     whole = train_killed(tmp_path/'whole', *args, start=alone)
     for workers in (0, 2):
         assert train_killed(tmp_path/f'whole {workers}', *args, '--workers', workers, start=alone) == whole
-        assert train_killed(tmp_path/f'killed {workers}', *args, '--workers', workers, kills=(1, 4), start=alone) == whole
+        assert train_killed(tmp_path/f'killed {workers}', *args, '--workers', workers, kills=[('after the rename', 1), ('after the rename', 4)], start=alone) == whole

@@ -39,6 +39,7 @@ from fastai.vision.core import PILImage, PILImageBW
 from fastai.vision.data import ImageBlock, ImageDataLoaders
 from fastcore.basics import noop
 from PIL import Image
+from processes import python
 from torch import nn
 from torch.nn import functional as F
 
@@ -205,10 +206,10 @@ def test_a_seed_is_a_run_bit_for_bit():
     assert [fit_digest(3, w) for w in (1, 2)] == [ref, ref] and fit_digest(4, n=1) != fit_digest(3, n=1)
     code = f'import sys; sys.path.insert(0, {str(Path(__file__).parent)!r})\nimport test_learner\nprint(test_learner.fit_digest(3, 1))'
     if torch.get_num_threads() == 1:  # the order of a sum is that of the threads
-        assert python(code, OMP_NUM_THREADS='1', PYTHONHASHSEED='7') == ref
+        assert new_python(code, OMP_NUM_THREADS='1', PYTHONHASHSEED='7') == ref
 
 
-def python(code, **env):
+def new_python(code, **env):
     "What a new Python prints"
     res = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], env={**os.environ, **env}, capture_output=True, text=True)
     assert res.returncode == 0, res.stderr
@@ -408,7 +409,7 @@ with learn.no_bar():
     print(n_axes(lambda: learn.dls.show_batch(max_n=4)), n_axes(lambda: learn.show_results(max_n=4)))
     interp = ClassificationInterpretation.from_learner(learn, dl=learn.dls.test_dl(range(20), with_labels=True))
     print(n_axes(lambda: interp.plot_top_losses(4)))'''
-    assert python(code).split() == ['4', '4', '4']
+    assert new_python(code).split() == ['4', '4', '4']
 
 
 def texts(): return [a.get_title() for a in plt.gcf().axes if a.get_title()]

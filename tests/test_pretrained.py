@@ -10,6 +10,7 @@ import pytest
 import torch
 from fastai.torch_core import set_seed
 from PIL import Image
+from processes import run
 
 from s9_fastai.cifar.facts import CLASSES
 from s9_fastai.cifar.load import load_cifar
@@ -38,7 +39,7 @@ def test_the_exact_count_of_the_test_images():
 
 
 def test_the_card_is_what_the_results_say():
-    done = subprocess.run([sys.executable, root/'tools'/'weights.py', '--check'], capture_output=True, text=True)
+    done = run(root/'tools'/'weights.py', '--check')
     assert done.returncode == 0, done.stderr
     text = (WEIGHTS.parent/'model_card.md').read_text(encoding='utf-8')
     assert f'{lines[-1]["correct"]} of the 10,000 test images' in text and all(c in text for c in CLASSES)

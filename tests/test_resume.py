@@ -2,7 +2,6 @@
 import os
 import random
 import signal
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
@@ -11,7 +10,6 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from processes import bin, run
 from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.progress import ProgressCallback
@@ -21,6 +19,8 @@ from fastai.learner import Learner
 from fastai.optimizer import Adam, OptimWrapper, SGD
 from fastai.torch_core import set_seed
 from fastcore.foundation import L
+from processes import Script, bin, quick_train, run
+from test_images import train_killed
 from torch.optim.swa_utils import AveragedModel
 
 from s9_fastai.resume.checkpoint import Checkpoint
@@ -35,7 +35,6 @@ from s9_fastai.test_utils import quiet, synth_cifar, synth_dls, synth_learner
 root = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(root/'benchmarks'/'trust'))
 import kill
-from repeat import run_hash
 
 
 def tiny_dls(policy='reference', augment='item', bs=10, num_workers=0, seed=1):
@@ -384,14 +383,11 @@ def test_the_pause_is_no_part_of_the_epochs_time(tmp_path, monkeypatch):
 
 # The command
 
-def test_killed_in_a_write():
-    "The long form of this test is below"
-    kinds = 'in a write',
-    with pytest.MonkeyPatch.context() as mp:
-        mp.setattr(kill, 'KINDS', kinds)
-        mp.setenv('OMP_NUM_THREADS', '1')
-        found = list(kill.trials(1, epochs=2, bs=250, seed=0, variants=[{**kill.VARIANTS[0], 'n-channels': 4}]))
-    assert [o['same'] for o in found] == [True] and [o['kind'] for o in found] == list(kinds)
+def test_killed_in_a_write(tmp_path):
+    "Half of a checkpoint is left; the long form of this test is below"
+    args = '--data', 'sample', '--epochs', 2, '--bs', 250, '--save-every', 3, '--n-channels', 4, '--compute', 'plain', '--augment', 'item'
+    whole = train_killed(tmp_path/'whole', *args)
+    assert train_killed(tmp_path/'killed', *args, kills=[('in a write', 3)]) == whole
 
 
 @pytest.mark.slow
@@ -407,7 +403,7 @@ short_run = '--data', 'sample', '--epochs', 1, '--bs', 500, '--n-channels', 4
 
 def trained(folder, *args):
     "The fingerprint of a short run with the options `args`, in a process of its own"
-    done = run(bin/'s9_train', *short_run, *args, '--out', folder)
+    done = run(quick_train, *short_run, *args, '--out', folder)
     assert done.returncode == 0, done.stderr
     return kill.fingerprint(folder)
 
@@ -418,8 +414,7 @@ def test_workers_and_processes_give_the_same_hash(tmp_path, augment, workers):
 
 
 def test_deterministic_is_told_and_changes_nothing_on_a_cpu(tmp_path):
-    a = run_hash(tmp_path/'a', epochs=1, bs=500, **{'n-channels': 4})
-    assert trained(tmp_path/'b', '--deterministic') == a
+    assert trained(tmp_path/'b', '--deterministic') == trained(tmp_path/'a')
     assert '"deterministic": true' in (tmp_path/'b'/'recipe.json').read_text()
 
 
@@ -427,9 +422,10 @@ def test_deterministic_is_told_and_changes_nothing_on_a_cpu(tmp_path):
 @pytest.mark.parametrize('workers', [0, 2])
 def test_a_signal_ends_the_command_in_good_order(tmp_path, num, code, workers):
     args = '--data', 'sample', '--epochs', 40, '--bs', 100, '--n-channels', 4, '--workers', workers, '--out', tmp_path/'run'
-    p = subprocess.Popen(kill.command(*args), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    assert any('epoch   1' in ln for ln in p.stdout)
+    p = Script(bin/'s9_train', *args, is_group=True)
+    p.wait_for('epoch   1')
     os.killpg(p.pid, getattr(signal, num))  # a terminal's Ctrl-C and a batch system's SIGTERM go to the workers too
-    out, err = p.communicate(timeout=60)
-    assert p.returncode == code and err.count('\n') == 1 and err.startswith(f's9_train: stopped by {num}, saved in '), err
+    done = p.end()
+    err = done.stderr
+    assert done.returncode == code and err.count('\n') == 1 and err.startswith(f's9_train: stopped by {num}, saved in '), err
     assert err.endswith(f's9_train --resume {tmp_path/"run"}\n') and newest_checkpoint(tmp_path/'run')[0]['done'] is False

@@ -232,7 +232,7 @@ def test_ctrl_c_while_a_module_is_imported(name, tmp_path):
 
 # The same result with the same number of threads
 
-def test_one_thread_is_the_same_whatever_the_environment_has(tmp_path):
+def test_one_thread_is_the_same_whatever_the_environment_has(tmp_path, no_pictures):
     (tmp_path/'a').mkdir(), (tmp_path/'b').mkdir()
     more, n = ['--epochs', '1', '--threads', '1'], torch.get_num_threads()
     code = 'from s9_fastai.app.entry import train; train()'

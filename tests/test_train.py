@@ -23,8 +23,6 @@ from fastcore.xtras import working_directory
 from PIL import Image
 from safetensors.torch import load_file
 
-import s9_fastai.cifar.loaders
-from s9_fastai.cifar.load import load_cifar
 from s9_fastai.app.recipe import RECIPES, Recipe
 from s9_fastai.nets.net import Net
 from s9_fastai.app.options import STORED
@@ -54,15 +52,6 @@ def command(*args, cwd='.'):
         try: mains[args[0]]()
         except SystemExit as e: code = e.code
     return SimpleNamespace(returncode=code, stdout=out.getvalue(), stderr=err.getvalue())
-
-
-@pytest.fixture(scope='module', autouse=True)
-def decoded():
-    sample = load_cifar('sample')
-    def load(path=None, **kwargs): return sample if path == 'sample' else load_cifar(path, **kwargs)
-    with pytest.MonkeyPatch.context() as m:
-        m.setattr(s9_fastai.cifar.loaders, 'load_cifar', load)
-        yield
 
 
 @pytest.fixture(scope='module')
@@ -111,7 +100,7 @@ def test_a_pipe_gets_whole_lines(run):
 def test_nothing_else_is_printed(run): assert run[0].stderr == ''
 
 
-def test_the_same_seed_gives_the_same_run(run, tmp_path):
+def test_the_same_seed_gives_the_same_run(run, tmp_path, no_pictures):
     again = command('s9_train', '--data', 'sample', '--epochs', 1, '--bs', 250, '--norm', 'ln', '--seed', 7, '--workers', 2, '--out', tmp_path/'b')
     assert again.returncode == 0, again.stderr
     a, b = load_file(run[1]/'weights.safetensors'), load_file(tmp_path/'b'/'weights.safetensors')
@@ -135,10 +124,10 @@ def test_a_run_of_version_0_1_0(run, tmp_path):
     assert done.returncode == 2 and 'a checkpoint of s9_fastai 0.1.0, which later versions do not resume' in done.stderr
 
 
-def test_whole_batches_and_plain_layers(tmp_path):
+def test_whole_batches_and_plain_layers(tmp_path, no_pictures):
     "The other way of each switch; with and without workers the same weights"
     for w in (0, 2):
-        done = command('s9_train', '--data', 'sample', '--recipe', 'stated', '--epochs', 1, '--bs', 250, '--augment', 'batch', '--compute', 'plain', '--workers', w, '--out', tmp_path/str(w))
+        done = command('s9_train', '--data', 'sample', '--recipe', 'stated', '--epochs', 1, '--bs', 250, '--n-channels', 8, '--augment', 'batch', '--compute', 'plain', '--workers', w, '--out', tmp_path/str(w))
         assert done.returncode == 0, done.stderr
     a, b = (load_file(tmp_path/w/'weights.safetensors') for w in '02')
     assert all((a[k] == b[k]).all() for k in a)
@@ -244,7 +233,7 @@ def result(folder):
             **{k: v.tolist() for k, v in load_file(folder/'weights.safetensors').items()}}
 
 
-def test_more_epochs_are_those_of_the_longer_run(runs, two):
+def test_more_epochs_are_those_of_the_longer_run(runs, two, no_pictures):
     done = command('s9_train', '--resume', two, '--epochs', 3)
     assert (done.returncode, done.stderr) == (0, '') and 'resuming from the end of epoch 2' in done.stdout
     assert '\nepoch   3  ' in done.stdout and 'epoch   2  ' not in done.stdout and 'after 3 epochs; guessing one of 10' in done.stdout
@@ -256,7 +245,7 @@ def state(folder):
     return {p.relative_to(folder).as_posix(): (p.read_bytes(), p.stat().st_mtime_ns) for p in folder.rglob('*') if p.is_file() and p.name != 'lock'}
 
 
-def test_a_resumed_run_keeps_its_number_of_threads(runs, two):
+def test_a_resumed_run_keeps_its_number_of_threads(runs, two, no_pictures):
     "Whatever torch has now; another number is refused as any other setting"
     n, there = torch.get_num_threads(), result(two)['recipe']['threads']
     try:
@@ -295,7 +284,7 @@ def test_pictures_of_a_shorter_training_are_replaced(runs, two):
     for nm in ('curves.png', 'misclassified.png'): assert (three/nm).read_bytes() == (runs/'3'/nm).read_bytes()
 
 
-def test_a_change_is_refused_or_forced_with_a_warning(runs, two):
+def test_a_change_is_refused_or_forced_with_a_warning(runs, two, no_pictures):
     done = command('s9_train', '--resume', two, '--lr', 0.1, '--epochs', 3)
     assert (done.returncode, done.stdout) == (2, '') and result(two) == result(runs/'2')
     assert done.stderr == (f's9_train: {two}: settings have changed since the run stopped: lr was [0.05], is [0.1]. Set them back, name a new folder, or force it '
@@ -323,7 +312,7 @@ def test_a_history_that_cannot_be_drawn_at_the_end(two, monkeypatch):
     assert command('s9_train', '--resume', two).returncode == 0
 
 
-def test_a_triangle_is_made_longer_by_force_alone(tmp_path):
+def test_a_triangle_is_made_longer_by_force_alone(tmp_path, no_pictures):
     "Its rates would have been others from the first batch on, and what is refused leaves the run as it was"
     made = command('s9_train', '--data', 'sample', '--recipe', 'fast', '--epochs', 2, '--bs', 500, '--n-channels', 4, '--out', 'run', cwd=tmp_path)
     assert made.returncode == 0
@@ -406,7 +395,7 @@ def test_a_terminal_of_80_columns_gets_bars_and_a_table(tmp_path):
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 80, 0, 0))
     env = {k: v for k, v in os.environ.items() if k != 'COLUMNS'}
-    args = ['--data', 'sample', '--epochs', '1', '--bs', '500', '--out', 'run']
+    args = ['--data', 'sample', '--epochs', '1', '--bs', '500', '--n-channels', '4', '--out', 'run']
     p = subprocess.Popen([bin/'s9_train', *args], stdin=slave, stdout=slave, stderr=slave, cwd=tmp_path, env=env)
     os.close(slave)
     seen = b''

@@ -7,6 +7,7 @@ __all__ = ['SAMPLE', 'find_source', 'load_cifar']
 
 # %% ../../nbs/47_cifar.load.ipynb #d129e259
 import os
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -37,6 +38,13 @@ def find_source(
     return download(progress)
 
 # %% ../../nbs/47_cifar.load.ipynb #84a4edc5
+@cache
+def _load_sample():
+    "The sample, decoded once in a process; nobody can change its arrays"
+    arrays = dict(zip(ARRAYS, (a for s in read_source(SAMPLE) for a in s)))
+    for a in arrays.values(): a.flags.writeable = False
+    return as_cifar(arrays, {n: fingerprint(a) for n,a in arrays.items()}, 'sample')
+
 def load_cifar(
     path:str|Path|None=None, # Folder, archive or 'sample'; `None`: `S9_CIFAR10`, fastai's own folder, a download
     cache_dir:str|Path|None=None, # Where decoded images are kept; `None`: `s9_fastai` in fastai's data folder
@@ -44,8 +52,4 @@ def load_cifar(
 ) -> Cifar10: # Read-only arrays, mapped into memory (the sample: in memory)
     "Load CIFAR-10 from `path` and cache it in `cache_dir`; an OSError or ValueError where it cannot be read"
     src = find_source(path, progress)
-    if src != SAMPLE:
-        return load_cached(src, cache_folder(cache_dir), progress)
-    arrays = dict(zip(ARRAYS, (a for s in read_source(src) for a in s)))  # quick to decode: no cache, no place to write
-    for a in arrays.values(): a.flags.writeable = False
-    return as_cifar(arrays, {n: fingerprint(a) for n,a in arrays.items()}, 'sample')
+    return _load_sample() if src == SAMPLE else load_cached(src, cache_folder(cache_dir), progress)

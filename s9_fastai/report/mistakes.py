@@ -111,7 +111,7 @@ def _add_image(fig, place, cols, width, x, title):
     fine = max(x.shape[:2]) > 100*_side  # more pixels than the picture has for it
     white = 255 if x.dtype == np.uint8 else 1
     ax.imshow(x, 'gray', vmin=0, vmax=white, interpolation='antialiased' if fine else 'nearest')
-    ax.set_title(title, fontsize=_size, pad=3, linespacing=1.1, parse_math=False)
+    ax.set_title(title, fontsize=_size, y=1, pad=3, linespacing=1.1, parse_math=False)
     ax.set_anchor('N')  # what is wider than high stays under its title
     ax.set_axis_off()
 

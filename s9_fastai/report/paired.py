@@ -17,7 +17,11 @@ from .outputs import Outputs, check_outputs
 # %% ../../nbs/39_report.paired.ipynb #264dba01
 def _coin(k, n):
     "Chance that of `n` tosses at most `k` or at least `n - k` are heads, `k` at most n/2; exact, in whole numbers"
-    return min(1., 2*sum(math.comb(n, i) for i in range(k + 1))/2**n)
+    ways = total = 1  # of i heads; of at most i
+    for i in range(k):
+        ways = ways*(n - i)//(i + 1)
+        total += ways
+    return min(1., 2*total/2**n)
 
 # %% ../../nbs/39_report.paired.ipynb #6d954bfe
 def _difference(only_a, only_b, n, level):
