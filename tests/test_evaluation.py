@@ -23,7 +23,7 @@ from s9_fastai.report.calibration import brier, calibration, ece, fit_temperatur
 from s9_fastai.report.confusion import confusion, most_confused, plot_confusion
 from s9_fastai.report.coverage import coverage, plot_coverage
 from s9_fastai.report.intervals import deviations, wilson
-from s9_fastai.report.labels import label
+from s9_fastai.report.labels import label, percent
 from s9_fastai.report.losses import plot_highest_losses, top_losses
 from s9_fastai.report.outputs import Outputs, outputs_of
 from s9_fastai.report.paired import mcnemar
@@ -482,7 +482,7 @@ def test_highest_losses_draw_the_images():
     assert len(fig.axes) == 5
     for ax, row in zip(fig.axes, df.itertuples(index=False)):
         np.testing.assert_array_equal(ax.images[0].get_array(), imgs[row[0]])
-        assert ax.get_title() == f'true: {label(row.true)} (loss {row.loss:.2f})\npredicted: {label(row.predicted)} ({row.prob:.0%})'
+        assert ax.get_title() == f'true: {label(row.true)} (loss {row.loss:.2f})\npredicted: {label(row.predicted)} ({percent(row.prob)})'
     with pytest.raises(ValueError, match='dset has 29 items, but must have 30, as outputs: give the same set'): plot_highest_losses(o, list(zip(imgs))[1:])
     with pytest.raises(TypeError, match='must be an image'): plot_highest_losses(o, [('text',)]*30)
 
