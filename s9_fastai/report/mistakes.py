@@ -90,7 +90,7 @@ def _width(texts, least=_cell[0]):
     "Inches of a place in the grid: wide enough for the widest text, at least `least`"
     fig = Figure(dpi=100)
     pixels = [fig.text(0, 0, t, fontsize=_size, parse_math=False).get_window_extent().width for t in texts]
-    return max(least, math.ceil(max(pixels))/100 + 0.15)
+    return max(least, math.ceil(1.08*max(pixels))/100 + 0.15)  # texts of fewer pixels are wider
 
 # %% ../../nbs/38_report.mistakes.ipynb #3e2cd53f
 def _headed(cols, rows, text, width=_cell[0]):
