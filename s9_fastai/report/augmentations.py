@@ -56,7 +56,8 @@ def _draw_row(axs, dls, idx, name, titles):
     with plain_loader(dls.train, **one) as dl: _draw(axs[0], dl, first(dl), titles[0])
     versions = augmented_items(dls, idx, len(axs) - 1)
     for ax, b, title in zip(axs[1:], versions, titles[1:]): _draw(ax, dls.train, b, title)
-    axs[0].annotate(label(name), (-0.1, 0.5), xycoords='axes fraction', ha='right', va='center', fontsize=8, parse_math=False)
+    place = dict(xycoords='axes fraction', ha='right', va='center')  # beside the first image
+    axs[0].annotate(label(name), (-0.1, 0.5), fontsize=8, parse_math=False, **place)
 
 # %% ../../nbs/39_report.augmentations.ipynb #82b19838
 def show_augmentations(
