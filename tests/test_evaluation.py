@@ -23,7 +23,7 @@ from s9_fastai.report.calibration import brier, calibration, ece, fit_temperatur
 from s9_fastai.report.confusion import confusion, most_confused, plot_confusion
 from s9_fastai.report.coverage import coverage, plot_coverage
 from s9_fastai.report.intervals import deviations, wilson
-from s9_fastai.report.labels import label
+from s9_fastai.report.labels import label, percent
 from s9_fastai.report.losses import plot_highest_losses, top_losses
 from s9_fastai.report.outputs import Outputs, outputs_of
 from s9_fastai.report.paired import mcnemar
@@ -474,6 +474,20 @@ def test_coverage_and_thresholds_draw_the_numbers():
     for line, nm in zip(plot_thresholds(s).axes[0].lines, df.columns[1:]): np.testing.assert_allclose(line.get_xydata(), df[['threshold', nm]])
 
 
+def test_texts_are_apart():
+    "The marks of a network that is right where it is sure, and the legend of one that is not sure enough"
+    y = np.arange(300)%3
+    fig = plot_coverage(Outputs(12.*np.eye(3)[y], np.where(np.arange(300) < 299, y, 2 - y)))
+    fig.draw_without_rendering()
+    ax = fig.axes[0]
+    assert ax.texts and max(t.get_window_extent().y1 for t in ax.texts) < ax._left_title.get_window_extent().y0
+    fig = plot_calibration(Outputs(np.linspace(0.3, 3, 300)[:, None]*np.eye(3)[y], y))  # always right
+    fig.draw_without_rendering()
+    ax = fig.axes[0]
+    points, box = ax.transData.transform(ax.lines[1].get_xydata()), ax.get_legend().get_window_extent()
+    assert len(points) > 5 and not box.count_contains(points)
+
+
 def test_highest_losses_draw_the_images():
     imgs, y = synth_images(30)
     o = Outputs(np.random.default_rng(0).normal(0, 1, (30, 10)), y, hostile[:10])
@@ -482,7 +496,7 @@ def test_highest_losses_draw_the_images():
     assert len(fig.axes) == 5
     for ax, row in zip(fig.axes, df.itertuples(index=False)):
         np.testing.assert_array_equal(ax.images[0].get_array(), imgs[row[0]])
-        assert ax.get_title() == f'true: {label(row.true)} (loss {row.loss:.2f})\npredicted: {label(row.predicted)} ({row.prob:.0%})'
+        assert ax.get_title() == f'true: {label(row.true)} (loss {row.loss:.2f})\npredicted: {label(row.predicted)} ({percent(row.prob)})'
     with pytest.raises(ValueError, match='dset has 29 items, but must have 30, as outputs: give the same set'): plot_highest_losses(o, list(zip(imgs))[1:])
     with pytest.raises(TypeError, match='must be an image'): plot_highest_losses(o, [('text',)]*30)
 

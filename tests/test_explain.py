@@ -2,9 +2,11 @@
 import json
 import os
 import random
+from itertools import combinations
 from pathlib import Path
 
 import albumentations as A
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -40,6 +42,7 @@ from s9_fastai.report.features import features, plot_similar, similar, suspiciou
 from s9_fastai.report.field_map import field_maps, plot_field
 from s9_fastai.report.filters import first_filters, plot_filters
 from s9_fastai.report.inputs import pictures, seen_items
+from s9_fastai.report.labels import percent
 from s9_fastai.report.loader import plain_loader
 from s9_fastai.report.mistakes import misclassified
 from s9_fastai.report.summary import summary
@@ -236,16 +239,16 @@ def test_cam_inputs_that_cannot_be(net, learn):
 
 def test_cam_of_one_logit():
     model = nn.Sequential(nn.Conv2d(3, 2, 3, padding=1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(2, 1))
-    ax = plot_cam(model, images(1))
+    ax = plot_cam(model, images(1)).axes[0]
     p = model(images(1)).sigmoid().item()
-    assert ax.get_title() == f'0 ({p:.0%})'
+    assert ax.get_title() == f'0 ({percent(p)})'
 
 
 def test_the_picture_of_a_cam(learn):
-    ax = plot_cam(learn, 7, classes=['$a_b$']*10)
+    ax = plot_cam(learn, 7, classes=['$a_b$']*10).axes[0]
     seen = seen_items(learn.dls, [7])
     p = learn.model(seen.x).softmax(1)[0]
-    assert ax.get_title() == f'$a_b$ ({p.max():.0%})'
+    assert ax.get_title() == f'$a_b$ ({percent(p.max().item())})'
     np.testing.assert_allclose(ax.images[0].get_array(), seen.images[0].mean(-1))
     m = F.interpolate(grad_cam(learn, seen.x)[None], (32, 32), mode='bilinear')[0, 0]
     np.testing.assert_allclose(ax.images[1].get_array(), m, atol=1e-6)
@@ -258,7 +261,7 @@ def test_the_mistakes_and_their_maps(learn, tmp_path):
     wrong = misclassified(learn).head(3)
     titles = np.array([ax.get_title() for ax in fig.axes]).reshape(3, 3)
     assert titles[:, 0].tolist() == [f'item {i}' for i in wrong['index']]
-    assert all(t.startswith(f'predicted: {o.predicted} ({o.prob:.0%})') for t, o in zip(titles[:, 1], wrong.itertuples()))
+    assert all(t.startswith(f'predicted: {o.predicted} ({percent(o.prob)})') for t, o in zip(titles[:, 1], wrong.itertuples()))
     assert [t.split(' (')[0] for t in titles[:, 2]] == [f'true: {o}' for o in wrong.true]
     assert (tmp_path/'a.png').stat().st_size > 1000 and same(everything(learn.model), state)
     with raises(ValueError, 'n is 0, but must be'): plot_cam_mistakes(learn, 0)
@@ -357,7 +360,7 @@ def test_the_picture_of_the_fields(tmp_path):
 @pytest.mark.parametrize('ni, n', [(3, 7), (1, 9), (5, 4), (2, 1)])
 def test_filters_are_drawn_as_they_are(ni, n):
     conv = nn.Conv2d(ni, n, (2, 3))
-    ax = plot_filters(nn.Sequential(conv), cols=2)
+    ax = plot_filters(nn.Sequential(conv), cols=2).axes[0]
     drawn, w = np.asarray(ax.images[0].get_array()), conv.weight.detach().numpy()
     assert first_filters(nn.Sequential(conv)).shape == w.shape
     c = 1 if ni == 3 else ni
@@ -496,6 +499,27 @@ def test_the_picture_of_similar_images(tmp_path):
     assert len(plot_similar(quiet(other), 1, features(other, other.dls.train), 2).axes) == 3
 
 
+def apart(fig):
+    "The titles of `fig` do not touch each other"
+    fig.draw_without_rendering()
+    boxes = [ax.title.get_window_extent() for ax in fig.axes if ax.get_title()]
+    return not any(a.overlaps(b) for a, b in combinations(boxes, 2)) and min(b.x0 for b in boxes) >= 0
+
+
+def test_long_names_are_apart():
+    dls = small()
+    dls.vocab = [f'{nm}, a class with a name of many words' for nm in CLASSES]
+    learn = quiet(s9_learner(dls, model=Net.pretrained()))
+    assert apart(plot_cam_mistakes(learn, 2)) and apart(plot_similar(learn, 3, features(learn, dls.train), 3))
+    assert '…' in plot_cam(learn, 3).axes[0].get_title()
+
+
+def test_axes_of_the_user_are_drawn_into(learn):
+    fig, axs = plt.subplots(1, 2)
+    assert plot_cam(learn, 1, ax=axs[0]) is fig and not axs[1].has_data() and plot_filters(learn, ax=axs[1]) is fig and axs[1].has_data()
+    plt.close(fig)
+
+
 # augmentation
 
 def state_of(dls):
@@ -532,6 +556,15 @@ def image_of(i): return np.random.default_rng(i).integers(0, 256, (32, 32, 3), d
 
 kinds = {'mask': ((ImageBlock, MaskBlock(['a', 'b'])), lambda i: PILMask.create((image_of(i)[..., 0] > 128).astype(np.uint8))),
          'points': ((ImageBlock, PointBlock), lambda i: [[3, 4], [20, 21]]), 'boxes': ((ImageBlock, BBoxBlock, BBoxLblBlock), [lambda i: [[3, 5, 20, 22]], lambda i: ['cat']])}
+
+
+def test_small_images_stay_squares_and_names_have_their_place(dls):
+    fig = show_augmentations({'ATransformWithAVeryLongName': dls, 'b': dls}, 3, 2)
+    fig.draw_without_rendering()
+    boxes = [ax.get_window_extent() for ax in fig.axes]
+    assert all(im.get_interpolation() == 'nearest' for ax in fig.axes for im in ax.images)
+    assert boxes[0].y0 - boxes[3].y1 < 0.15*boxes[0].height  # no gap between the rows
+    assert fig.axes[0].texts[0].get_window_extent().x0 >= 0
 
 
 @pytest.mark.parametrize('kind', kinds)

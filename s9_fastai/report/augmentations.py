@@ -15,7 +15,9 @@ from matplotlib.figure import Figure
 
 from ..core.checks import COUNT, check_number
 from .inputs import _check_items
+from .labels import label
 from .loader import kept_loader, plain_loader
+from .mistakes import _width
 from .plots import Picture, save_picture
 
 # %% ../../nbs/39_report.augmentations.ipynb #5a3f6d50
@@ -38,9 +40,13 @@ def augmented_items(
     with _item_loader(dls.train, idx) as dl: return [first(dl) for _ in range(n)]
 
 # %% ../../nbs/39_report.augmentations.ipynb #be853f0e
+_side = 1.05  # inches of an image
+
 def _draw(ax, dl, b, title):
     "The only item of the batch `b` on `ax`"
     dl.show_batch(b, max_n=1, ctxs=[ax])
+    for im in ax.images:
+        if max(im.get_array().shape[:2]) < 100*_side: im.set_interpolation('nearest')
     ax.set_title(title, fontsize=8, parse_math=False)
     ax.set_axis_off()
 
@@ -50,7 +56,8 @@ def _draw_row(axs, dls, idx, name, titles):
     with plain_loader(dls.train, **one) as dl: _draw(axs[0], dl, first(dl), titles[0])
     versions = augmented_items(dls, idx, len(axs) - 1)
     for ax, b, title in zip(axs[1:], versions, titles[1:]): _draw(ax, dls.train, b, title)
-    axs[0].annotate(name, (-0.1, 0.5), xycoords='axes fraction', ha='right', va='center', fontsize=8, parse_math=False)
+    place = dict(xycoords='axes fraction', ha='right', va='center')  # beside the first image
+    axs[0].annotate(label(name), (-0.1, 0.5), fontsize=8, parse_math=False, **place)
 
 # %% ../../nbs/39_report.augmentations.ipynb #82b19838
 def show_augmentations(
@@ -64,7 +71,8 @@ def show_augmentations(
     rows = {'': dls} if isinstance(dls, DataLoaders) else dict(dls)
     if not rows: raise ValueError('dls is empty: give a DataLoaders, or a dictionary of them by name')
     for o in rows.values(): _check_items(o, [idx], 0)
-    fig = Picture(figsize=(1.05*(n + 1) + 0.9*any(rows), 1.1*len(rows) + 0.2), dpi=100, layout='constrained')
+    width = _width([label(nm) for nm in rows], 0.) if any(rows) else 0.  # of the names
+    fig = Picture(figsize=(_side*(n + 1) + width, 1.1*len(rows) + 0.2), dpi=100, layout='constrained')
     titles = ['plain', *(f'epoch {i + 1}' for i in range(n))]  # above the first row
     for i, (axs, (name, o)) in enumerate(zip(fig.subplots(len(rows), n + 1, squeeze=False), rows.items())):
         _draw_row(axs, o, idx, name, ['']*(n + 1) if i else titles)

@@ -122,5 +122,5 @@ def plot_calibration(
     scores = f'ECE {ece(outputs, n_bins):.2%}, Brier score {brier(outputs):.3f}, NLL {nll(outputs):.3f}'
     ax.set_title(scores, loc='left', fontsize=10)
     ax.spines[['top', 'right']].set_visible(False)
-    ax.legend(loc='upper left', frameon=False, fontsize=9)
+    ax.legend(loc='best', frameon=False, fontsize=9)
     return ax.figure.canvas.figure

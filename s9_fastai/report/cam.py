@@ -20,8 +20,9 @@ from torch.nn import functional as F
 from ..core.checks import COUNT, check_number
 from .calls import as_map, block_maps, model_of, noted
 from .inputs import pictures, seen_items
-from .mistakes import misclassified
-from .plots import Picture, save_picture
+from .labels import label, percent
+from .mistakes import _size, _width, misclassified
+from .plots import Picture, new_axes, save_picture
 from .summary import _eval_mode
 
 # %% ../../nbs/39_report.cam.ipynb #6cda43a9
@@ -177,17 +178,18 @@ def plot_cam(
     target:int|None=None, # A class; None: the predicted one
     image=None, # What is shown, float array (H, W, 3) or (H, W) from 0 to 1; None: `x`, or the item
     classes=None, # Names of the classes; None: those of the Learner, or numbers
-    ax:Axes|None=None, # Where to draw; None: a new picture
-)->Axes:
+    ax:Axes|None=None, # Where to draw; None: a new figure
+)->Figure: # That of `ax`
     "One image under its map, with the class and its probability; errors as `class_maps` and `seen_items`"
     if isinstance(model, Learner) and isinstance(x, Integral): x, _, (image,) = seen_items(model.dls, [x])
     x = x[None] if isinstance(x, torch.Tensor) and x.ndim == 3 else x
     cams = class_maps(model, x, layer, target)
     i = int(cams.targets[0])
-    ax = Picture(figsize=(2.2, 2.5), dpi=100, layout='constrained').subplots() if ax is None else ax
+    name, p = _names(model, classes)(i), float(_probs(model, cams.logits)[0, i])
+    ax = new_axes(ax, (2.2, 2.5))
     _draw_map(ax, pictures(x)[0] if image is None else image, _scaled(cams.maps)[0])
-    ax.set_title(f'{_names(model, classes)(i)} ({_probs(model, cams.logits)[0, i]:.0%})', fontsize=9, parse_math=False)
-    return ax
+    ax.set_title(f'{label(name)} ({percent(p)})', fontsize=9, parse_math=False)
+    return ax.figure.canvas.figure
 
 # %% ../../nbs/39_report.cam.ipynb #a10629f6
 def _number(learn, name):
@@ -201,10 +203,10 @@ def _draw_mistake(axs, learn, seen, i, row, layer):
     x, image = seen.x[i:i+1], seen.images[i]
     axs[0].imshow(image, 'gray', vmin=0, vmax=1)
     axs[0].set_axis_off()
-    axs[0].set_title(f'item {row.index_}', fontsize=9)
+    axs[0].set_title(f'item {row.index_}', fontsize=_size)
     for ax, what, name in zip(axs[1:], ('predicted', 'true'), (row.predicted, row.true)):
         plot_cam(learn, x, layer, _number(learn, name), image, ax=ax)
-        ax.set_title(f'{what}: {ax.get_title()}', fontsize=9, parse_math=False)
+        ax.set_title(f'{what}: {ax.get_title()}', fontsize=_size, parse_math=False)
 
 # %% ../../nbs/39_report.cam.ipynb #b294c9a0
 def plot_cam_mistakes(
@@ -224,4 +226,5 @@ def plot_cam_mistakes(
     seen = seen_items(learn.dls, df.index_, ds_idx)
     for i, (axs, row) in enumerate(zip(fig.subplots(len(df), 3, squeeze=False), df.itertuples())):
         _draw_mistake(axs, learn, seen, i, row, layer)
+    fig.set_figwidth(3*_width([ax.get_title() for ax in fig.axes], 2.))
     return save_picture(fig, path)

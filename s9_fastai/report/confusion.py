@@ -58,7 +58,7 @@ def _draw_cells(ax, m):
 def _text(v, is_share):
     "The number in a place: a count, or percent"
     if not is_share: return f'{v:.0f}'
-    return f'{100*v:.0f}' if v >= 0.005 else '<1'
+    return '<1' if round(100*v) == 0 else f'{100*v:.0f}'
 
 def _draw_numbers(ax, m, wrong, cell, is_share):
     "The numbers of `m` (C, C) that are not 0, in places of `cell` points; False where they do not fit"

@@ -47,7 +47,9 @@ def plot_coverage(
     ax.plot(marks.coverage, marks.accuracy, 'o', color=_orange, ms=6, label='threshold of the confidence')
     for o in marks.itertuples():
         ax.annotate(f'{o.threshold:.0%}', (o.coverage, o.accuracy), (4, 6), textcoords='offset points', fontsize=9)
-    ax.set(xlabel='coverage', ylabel='accuracy', xlim=(0, 1.02), ylim=(max(0, df.accuracy.min() - 0.05), 1.005))
+    bottom = max(0, df.accuracy.min() - 0.05)
+    top = 1 + 0.09*(1 - bottom)  # the text of a mark at 1 stays below the title
+    ax.set(xlabel='coverage', ylabel='accuracy', xlim=(0, 1.02), ylim=(bottom, top))
     ax.set_title(f'accuracy of all {len(outputs):,} items: {df.accuracy.iloc[-1]:.2%}', loc='left', fontsize=10)
     ax.spines[['top', 'right']].set_visible(False)
     ax.grid(alpha=0.25, lw=0.6)

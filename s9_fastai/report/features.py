@@ -20,6 +20,8 @@ from torch.nn import functional as F
 from ..core.checks import COUNT, check_number
 from .calls import model_of
 from .inputs import plain_loader, seen_items
+from .labels import label
+from .mistakes import _width
 from .plots import Picture, save_picture
 from .summary import _eval_mode
 
@@ -97,7 +99,7 @@ def _class_names(dls, ys):
     "The names of the classes `ys`, of a `vocab` if there is one; '' for other targets"
     vocab = getattr(dls, 'vocab', None)
     if not ys or ys[0].numel() != len(ys[0]) or ys[0].is_floating_point(): return None
-    return [str(vocab[int(y)]) if vocab is not None and int(y) < len(vocab) else str(int(y)) for y in ys[0]]
+    return [label(vocab[int(y)] if vocab is not None and int(y) < len(vocab) else int(y)) for y in ys[0]]
 
 def _draw_image(ax, image, title):
     ax.imshow(image, 'gray', vmin=0, vmax=1)
@@ -123,6 +125,7 @@ def plot_similar(
     _draw_image(axs[0], query.images[0], f'item {idx}\n{own[0] if own else ""}')
     for i, (ax, image) in enumerate(zip(axs[1:], near.images)):
         _draw_image(ax, image, f'{names[i] if names else ""}\n{cosines[0, i]:.2f} (item {idxs[0, i]})')
+    fig.set_figwidth((k + 1)*_width([ax.get_title() for ax in axs], 1.4))
     return save_picture(fig, path)
 
 # %% ../../nbs/39_report.features.ipynb #034009a9

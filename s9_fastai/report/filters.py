@@ -11,10 +11,11 @@ import math
 import numpy as np
 from fastai.learner import Learner
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from torch import nn
 
 from .calls import model_of
-from .plots import Picture
+from .plots import new_axes
 
 # %% ../../nbs/38_report.filters.ipynb #7219a8c0
 def first_filters(
@@ -48,18 +49,16 @@ def _mosaic(tiles, cols):
 def plot_filters(
     model:nn.Module|Learner, # Any network for images, or a Learner, whose model is taken
     cols:int|None=None, # Filters in a row; None: so many that the picture is nearly square
-    ax:Axes|None=None, # Where to draw; None: a new picture
-)->Axes:
+    ax:Axes|None=None, # Where to draw; None: a new figure
+)->Figure: # That of `ax`
     "The filters of the first convolution of `model`; a ValueError where it has none"
     w = first_filters(model)
     tiles = _tiles(w)
     n, c = tiles.shape[:2]
     cols = cols or min(n, math.ceil(math.sqrt(n*c*w.shape[2]/w.shape[3])))
     image = _mosaic(tiles, cols)
-    if ax is None:
-        height = min(8, max(1.5, 4*image.shape[0]/image.shape[1]))
-        ax = Picture(figsize=(4, height + 0.3), dpi=100, layout='constrained').subplots()
+    ax = new_axes(ax, (4, min(8, max(1.5, 4*image.shape[0]/image.shape[1])) + 0.3))
     ax.imshow(image, interpolation='nearest')
     ax.set_axis_off()
     ax.set_title(f'{n} filters of {w.shape[1]}x{w.shape[2]}x{w.shape[3]}', fontsize=9)
-    return ax
+    return ax.figure.canvas.figure

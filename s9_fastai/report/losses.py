@@ -10,7 +10,7 @@ import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 
 from ..core.checks import COUNT, check_number
-from .labels import label
+from .labels import label, percent
 from .mistakes import _draw_grid
 from .outputs import Outputs, check_outputs
 
@@ -36,6 +36,6 @@ def plot_highest_losses(
     df = top_losses(outputs).head(n)
     if len(dset) != len(outputs):
         raise ValueError(f'dset has {len(dset)} items, but must have {len(outputs)}, as outputs: give the same set')
-    titles = [f'true: {label(o.true)} (loss {o.loss:.2f})\npredicted: {label(o.predicted)} ({o.prob:.0%})'
+    titles = [f'true: {label(o.true)} (loss {o.loss:.2f})\npredicted: {label(o.predicted)} ({percent(o.prob)})'
               for o in df.itertuples(index=False)]
     return _draw_grid(dset, df['index'], titles, f'{len(df):,} of {len(outputs):,} items, the highest loss first')

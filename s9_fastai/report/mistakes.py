@@ -14,7 +14,7 @@ from fastai.learner import Learner
 from matplotlib.figure import Figure
 
 from ..core.checks import COUNT, check_number
-from .labels import label
+from .labels import label, percent
 from .outputs import untouched, whole_set, _check_targets, _class_names
 from .plots import Picture, save_picture
 
@@ -83,14 +83,14 @@ def _item_image(dset, i):
 _cell, _side, _head, _size = (1.7, 1.74), 1.28, 0.4, 8.5
 def _title(o):
     "What is written above a mistake"
-    return f'true: {label(o.true)}\npredicted: {label(o.predicted)} ({o.prob:.0%})'
+    return f'true: {label(o.true)}\npredicted: {label(o.predicted)} ({percent(o.prob)})'
 
 # %% ../../nbs/38_report.mistakes.ipynb #11d793e7
-def _width(texts):
-    "Inches of a place in the grid: wide enough for the widest text"
+def _width(texts, least=_cell[0]):
+    "Inches of a place in the grid: wide enough for the widest text, at least `least`"
     fig = Figure(dpi=100)
     pixels = [fig.text(0, 0, t, fontsize=_size, parse_math=False).get_window_extent().width for t in texts]
-    return max(_cell[0], math.ceil(max(pixels))/100 + 0.1)
+    return max(least, math.ceil(1.08*max(pixels))/100 + 0.15)  # texts of fewer pixels are wider
 
 # %% ../../nbs/38_report.mistakes.ipynb #3e2cd53f
 def _headed(cols, rows, text, width=_cell[0]):

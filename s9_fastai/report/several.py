@@ -88,9 +88,11 @@ def plot_thresholds(
         ax.plot(df.threshold, df[nm], style, color=c, lw=1.6, label=nm.replace('f1_', 'F1, '))
     best = df.loc[df.f1_micro.idxmax()]
     ax.plot(best.threshold, best.f1_micro, 'o', color=_grey, ms=6)
-    ax.set(xlabel='threshold', xlim=(0, 1), ylim=(0, 1.02))
+    low = df[[*lines]].min(axis=None)
+    bottom = min(max(0, low - (1 - low)/2), 0.9)  # high curves are seen apart, with place for the legend below them
+    ax.set(xlabel='threshold', xlim=(0, 1), ylim=(bottom, 1.02))
     ax.set_title(f'highest F1 (micro): {best.f1_micro:.3f} at {best.threshold:.2f}', loc='left', fontsize=10)
     ax.spines[['top', 'right']].set_visible(False)
     ax.grid(alpha=0.25, lw=0.6)
-    ax.legend(loc='lower center', ncols=2, frameon=False, fontsize=9)
+    ax.legend(loc='best', ncols=2, frameon=False, fontsize=9)
     return ax.figure.canvas.figure
