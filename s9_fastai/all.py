@@ -74,6 +74,7 @@ from s9_fastai.app.teacher import *
 from s9_fastai.app.learner import *
 from s9_fastai.app.training import *
 from s9_fastai.app.train import *
+from s9_fastai.app.predictor import *
 from s9_fastai.app.predict import *
 from s9_fastai.app.apart import *
 from s9_fastai.app.compare import *
