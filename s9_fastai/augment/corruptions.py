@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CORRUPTIONS', 'Corruption']
 
-# %% ../../nbs/18_augment.corruptions.ipynb #79fd0e35
+# %% ../../nbs/18_augment.corruptions.ipynb #8ad186d8
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from .item import KeyedRandom
 from .keys import item_seed
 from ..core.checks import check_number
 
-# %% ../../nbs/18_augment.corruptions.ipynb #d0bd5c0f
+# %% ../../nbs/18_augment.corruptions.ipynb #fc0eb20b
 def _check_images(images):
     "ValueError unless `images` are an array of uint8 images (N, H, W, C), grey or in colour"
     x = np.asarray(images)
@@ -28,7 +28,7 @@ def _check_images(images):
     if min(x.shape[1:3]) < 4: raise ValueError(f'images are {x.shape}, but must have 4x4 pixels or more: resize them')
     if fault := image_fault(x[0], channels=(1, 3)): raise ValueError(f'images must be uint8 (N, H, W, C), got {fault}')
 
-# %% ../../nbs/18_augment.corruptions.ipynb #5bf50224
+# %% ../../nbs/18_augment.corruptions.ipynb #0ffda76e
 @dataclass(frozen=True)
 class Corruption:
     "A corruption of images, in five severities"
@@ -59,14 +59,14 @@ class Corruption:
             found[i] = pipe(image=np.ascontiguousarray(x))['image']
         return found
 
-# %% ../../nbs/18_augment.corruptions.ipynb #8b8c01ce
+# %% ../../nbs/18_augment.corruptions.ipynb #7dac382e
 def _gaussian_noise(std, side): return [A.GaussNoise(std_range=(std, std), p=1)]
 
 def _shot_noise(scale, side): return [A.ShotNoise(scale_range=(scale, scale), p=1)]
 
 def _impulse_noise(share, side): return [A.SaltAndPepper(amount=(share, share), salt_vs_pepper=(0.5, 0.5), p=1)]
 
-# %% ../../nbs/18_augment.corruptions.ipynb #7bd91359
+# %% ../../nbs/18_augment.corruptions.ipynb #f059a509
 def _grown(length, side): return 1 + (length - 1)*side/32
 
 def _gaussian_blur(sigma, side): return [A.GaussianBlur(blur_limit=0, sigma_limit=(sigma*side/32, sigma*side/32), p=1)]
@@ -80,13 +80,12 @@ def _pixelate(share, side):
     steps = dict(downscale=cv2.INTER_AREA, upscale=cv2.INTER_NEAREST_EXACT)
     return [A.Downscale(scale_range=(part, part), interpolation_pair=steps, p=1)]
 
-# %% ../../nbs/18_augment.corruptions.ipynb #90cd035a
+# %% ../../nbs/18_augment.corruptions.ipynb #3705f6d4
 def _swapped(x, **kwargs): return np.ascontiguousarray(x[..., ::-1])
 
-def _fog(strength, side):
-    density, roughness = strength
+def _fog(density, side):
     share = density/(1 + density)
-    haze = A.PlasmaBrightnessContrast((share, share), contrast_range=(0, 0), roughness=roughness, p=1)
+    haze = A.PlasmaBrightnessContrast((share, share), contrast_range=(0, 0), roughness=0.4, p=1)
     return [A.MultiplicativeNoise((1 - share, 1 - share), p=1), haze]
 
 def _brightness(more, side): return [A.RandomBrightnessContrast((more, more), contrast_limit=(0, 0), p=1)]
@@ -97,7 +96,7 @@ def _jpeg(quality, side):
     swap = partial(A.Lambda, image=_swapped, p=1)
     return [swap(), A.ImageCompression(quality_range=(quality, quality), p=1), swap()]
 
-# %% ../../nbs/18_augment.corruptions.ipynb #474f7f97
+# %% ../../nbs/18_augment.corruptions.ipynb #a2a34004
 #: Corruptions by name, the noises first
 CORRUPTIONS:dict = {
     'Gaussian noise': Corruption(_gaussian_noise, (0.04, 0.06, 0.08, 0.09, 0.10)),
@@ -105,7 +104,7 @@ CORRUPTIONS:dict = {
     'impulse noise': Corruption(_impulse_noise, (0.01, 0.02, 0.03, 0.05, 0.07)),
     'Gaussian blur': Corruption(_gaussian_blur, (0.4, 0.6, 0.7, 0.8, 1.0)),
     'motion blur': Corruption(_motion_blur, (2, 3, 4, 5, 6)),
-    'fog': Corruption(_fog, ((0.2, 0.33), (0.5, 0.33), (0.75, 0.4), (1, 0.5), (1.5, 0.57))),
+    'fog': Corruption(_fog, (0.2, 0.5, 0.75, 1, 1.5)),
     'brightness': Corruption(_brightness, (0.05, 0.1, 0.15, 0.2, 0.3)),
     'contrast': Corruption(_contrast, (0.75, 0.5, 0.4, 0.3, 0.15)),
     'pixelate': Corruption(_pixelate, (0.95, 0.9, 0.85, 0.75, 0.65)),
