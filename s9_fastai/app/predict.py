@@ -12,16 +12,22 @@ from typing import Any
 from .bar import Bar
 from .command import BadInput, RunFailed, command_parser, run_command
 from .images import find_images
+from .overlays import overlay_folder, overlays
 from .predictor import Predictor, check_source
 from .rows import csv_header, csv_row, json_row, text_row
 
 # %% ../../nbs/79_app.predict.ipynb #ed205293
-def _check_options(images, run, weights, onnx, top, json, csv):
+def _check_options(images, run, weights, onnx, top, cam, json, csv):
     "`BadInput` for options that cannot be used, alone or together"
     if not images: raise BadInput('no image: name one or more files')
     if top is not None and top < 1: raise BadInput(f'top is {top}, but must be at least 1')
     if json and csv: raise BadInput('json and csv are given, but there is one output: leave one out')
-    try: check_source(run, weights, onnx)
+    if cam is not None and onnx is not None:
+        raise BadInput('cam needs gradients, which onnxruntime has not: give the run or the weights of this file, '
+                       'or leave cam out')
+    try:
+        check_source(run, weights, onnx)
+        if cam is not None: overlay_folder(cam)
     except (ValueError, OSError) as e: raise BadInput(str(e)) from e
 
 def _open(found, *source):
@@ -37,10 +43,15 @@ def _checked_top(top, classes):
         raise BadInput(f'top is {top}, but must be 1 to {n}, the number of classes')
     return min(top or 3, n)
 
-def _results(found, predictor):
+def _predicted(found, predictor):
     "Each path that was `found`, with its probabilities or its error"
     results = predictor.stream(path for path, e in found if not e) if predictor else iter(())
     for path, e in found: yield path, e or next(results)[1]
+
+def _results(found, predictor, cam):
+    "As `_predicted`, each after its picture in the folder `cam`, if there is one"
+    results = _predicted(found, predictor)
+    return results if cam is None else overlays(predictor, results, len(found), overlay_folder(cam))
 
 def _finish(errors, total):
     "`BadInput` or `RunFailed` if there are `errors`"
@@ -58,12 +69,14 @@ def s9_predict(
     run:str=None, # Folder of a finished run of s9_train; default: the weights in the package
     weights:str=None, # A weights file in place of a run
     onnx:str=None, # A file of s9_export in place of a run, run by onnxruntime
+    # Folder, new or empty, for a picture of each image: where the network saw the class that it predicts (Grad-CAM)
+    cam:str=None,
     json:bool=False, # Print an object of JSON for each image
     csv:bool=False, # Print CSV with a header
     tta:bool=True, # See each image once, without its mirror image
 ):
     "Classify images with the network of a run, or with that in the package (the ten classes of CIFAR-10)"
-    _check_options(images, run, weights, onnx, top, json, csv)
+    _check_options(images, run, weights, onnx, top, cam, json, csv)
     try: found = find_images(images, getattr(sys.stdin, 'buffer', None))
     except (ValueError, OSError) as e: raise BadInput(str(e)) from e
     predictor:Any = _open(found, run, weights, onnx, tta)
@@ -72,7 +85,7 @@ def s9_predict(
     row = json_row if json else csv_row if csv else text_row
     if csv: print(csv_header(top))
     errors, bar = [], Bar(len(found), not sys.stdout.isatty())
-    for path, result in _results(found, predictor):
+    for path, result in _results(found, predictor, cam):
         if isinstance(result, Exception):
             errors.append(str(result))
             if len(found) > 1: bar.warn(str(result))

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_source', 'Predictor', 'class_probabilities']
 
-# %% ../../nbs/77_app.predictor.ipynb #139cc006
+# %% ../../nbs/77_app.predictor.ipynb #54cf6b72
 import os
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
@@ -17,7 +17,7 @@ from ..core.cores import n_cores
 from ..core.paths import run_path
 from ..core.text import shown
 
-# %% ../../nbs/77_app.predictor.ipynb #4c7071fb
+# %% ../../nbs/77_app.predictor.ipynb #cecae0ed
 def check_source(
     run=None, # Folder of a finished run; None: not given, here and below
     weights=None, # A .safetensors file
@@ -31,7 +31,7 @@ def check_source(
         if k != 'run' and not os.path.isfile(run_path(v, k)):
             raise FileNotFoundError(f'{k} is {shown(v)}, but there is no such file: name a file of s9_fastai')
 
-# %% ../../nbs/77_app.predictor.ipynb #24e9e852
+# %% ../../nbs/77_app.predictor.ipynb #80929040
 def _run_net(path):
     "Network and image spec of the run in the folder `path`; errors as `Run.net`"
     from s9_fastai.nets.saved import load_net
@@ -41,21 +41,21 @@ def _run_net(path):
         return open_run(path).net()
 
 def _torch_net(run, weights):
-    "A function of uint8 (B, H, W, C) to logits (B, classes), arrays both, and the `ImageSpec`"
+    "A function of uint8 (B, H, W, C) to logits (B, classes), arrays both, the `ImageSpec`, and the network"
     import torch
     from s9_fastai.nets.saved import load_net
     net, spec = _run_net(run_path(run, 'run')) if run is not None else load_net(*[weights] if weights else [])
     @torch.inference_mode()
     def logits(x): return net(spec.batch(x)).numpy()
-    return logits, spec
+    return logits, spec, net
 
 def _onnx_net(path):
-    "As `_torch_net`, by onnxruntime"
+    "As `_torch_net`, by onnxruntime, which has no network of torch"
     from s9_fastai.nets.onnx import OnnxNet
     net = OnnxNet(path)
-    return (lambda x: net(x)[1]), net.spec
+    return (lambda x: net(x)[1]), net.spec, None
 
-# %% ../../nbs/77_app.predictor.ipynb #25d73eaa
+# %% ../../nbs/77_app.predictor.ipynb #4afb057c
 class Predictor:
     "A trained network, ready for images, without fastai; errors as `check_source`, and for a file that is damaged"
     def __init__(self,
@@ -65,10 +65,10 @@ class Predictor:
         tta:bool=True, # Take the mean over each image and its mirror image?
     ):
         check_source(run, weights, onnx)
-        self.logits, self.spec = _torch_net(run, weights) if onnx is None else _onnx_net(onnx)
+        self.logits, self.spec, self.net = _torch_net(run, weights) if onnx is None else _onnx_net(onnx)
         self.tta = tta
 
-# %% ../../nbs/77_app.predictor.ipynb #8c312082
+# %% ../../nbs/77_app.predictor.ipynb #bab94e5d
 @patch
 def pixels(self:Predictor,
     image, # Path of an image file, a PIL image, or a uint8 array (H, W) or (H, W, C)
@@ -77,7 +77,7 @@ def pixels(self:Predictor,
     from s9_fastai.data.images import square_pixels
     return square_pixels(image, self.spec.size, self.spec.resize, len(self.spec.mean))
 
-# %% ../../nbs/77_app.predictor.ipynb #81d27867
+# %% ../../nbs/77_app.predictor.ipynb #ff1a474f
 @patch
 def probabilities(self:Predictor,
     images:list, # Arrays from `pixels`
@@ -93,7 +93,7 @@ def probabilities(self:Predictor,
         found += [dict(zip(self.spec.classes, p)) for p in np.exp(y - total).tolist()]
     return found
 
-# %% ../../nbs/77_app.predictor.ipynb #e866e28a
+# %% ../../nbs/77_app.predictor.ipynb #3e2dc6b6
 def _read_ahead(pool, read, items, bs):
     "Lists of pairs (item, what `read` gives) of `bs` items, the next list being read meanwhile"
     waiting:deque = deque()
@@ -102,7 +102,7 @@ def _read_ahead(pool, read, items, bs):
         if len(waiting) > 1: yield [(o, f.result()) for o, f in waiting.popleft()]
     for last in waiting: yield [(o, f.result()) for o, f in last]
 
-# %% ../../nbs/77_app.predictor.ipynb #c1517952
+# %% ../../nbs/77_app.predictor.ipynb #845dfcb0
 @patch
 def stream(self:Predictor,
     images, # Paths, PIL images or arrays, as for `pixels`
@@ -119,7 +119,7 @@ def stream(self:Predictor,
                 for o, x in batch: yield o, x if isinstance(x, Exception) else next(probs)
         finally: pool.shutdown(cancel_futures=True)
 
-# %% ../../nbs/77_app.predictor.ipynb #97db6949
+# %% ../../nbs/77_app.predictor.ipynb #43151832
 def class_probabilities(
     images:list, # Paths of image files, PIL images, or uint8 arrays (H, W) or (H, W, C)
     run=None, # Folder of a finished run, whose network is used; None: the weights in the package
