@@ -80,10 +80,10 @@ def _corrupted_text(found):
     names = sorted(found['means'], key=found['means'].__getitem__, reverse=True)
     cells = {(o['corruption'], o['severity']): f'{o["accuracy"]:7.1%}' for o in found['scores']}
     columns = [*dict.fromkeys(s for _, s in cells if s)]
-    width = max(map(len, names))
+    width, means = max(map(len, names)), {nm: f'{v:7.1%}' for nm, v in found['means'].items()}
     return [f'accuracy with corruptions, the mean: {found["mean"]:.2%}; by severity:',
             '  ' + ' '*width + ''.join(f'{s:>7}' for s in columns) + '   mean',
-            *(f'  {nm:{width}}' + ''.join(cells[nm, s] for s in columns) + f'{found["means"][nm]:7.1%}' for nm in names)]
+            *(f'  {nm:{width}}' + ''.join(cells[nm, s] for s in columns) + means[nm] for nm in names)]
 
 def _print(name, found, as_json, as_csv):
     corrupted = found.get('corruptions')
