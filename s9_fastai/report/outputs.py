@@ -179,8 +179,8 @@ def outputs_of(
     if not isinstance(z, torch.Tensor) or z.ndim != 2:
         raise ValueError(f'the outputs are {getattr(z, "shape", type(z))}: outputs_of takes one for each class, (N, C)')
     z, y = z.double(), y if y.is_floating_point() else y.reshape(len(z), -1).squeeze(1)
-    names = class_names(learn.dls)
-    names += [*range(len(names), z.shape[1])]
+    given = class_names(learn.dls)
+    names = (*given, *range(len(given), z.shape[1]))
     p = getattr(learn.loss_func, 'activation', noop)(z)
     usual = z.sigmoid() if y.ndim == 2 else z.softmax(1)
     if not _are_probs(p, y.ndim == 2) or torch.allclose(p, usual): return Outputs(z.numpy(), y, names)
