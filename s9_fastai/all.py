@@ -18,6 +18,7 @@ from s9_fastai.augment.batch_choice import *
 from s9_fastai.augment.batch_policy import *
 from s9_fastai.augment.batch import *
 from s9_fastai.augment.policies import *
+from s9_fastai.augment.corruptions import *
 from s9_fastai.data.images import *
 from s9_fastai.data.loader import *
 from s9_fastai.data.readers import ImageArray
@@ -38,6 +39,7 @@ from s9_fastai.report.coverage import *
 from s9_fastai.report.losses import *
 from s9_fastai.report.paired import *
 from s9_fastai.report.scores import *
+from s9_fastai.report.robustness import *
 from s9_fastai.report.several import *
 from s9_fastai.report.loader import *
 from s9_fastai.report.inputs import *
@@ -76,6 +78,7 @@ from s9_fastai.app.teacher import *
 from s9_fastai.app.learner import *
 from s9_fastai.app.training import *
 from s9_fastai.app.train import *
+from s9_fastai.app.predictor import *
 from s9_fastai.app.predict import *
 from s9_fastai.app.apart import *
 from s9_fastai.app.compare import *

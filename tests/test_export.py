@@ -28,7 +28,8 @@ from s9_fastai.app.export import main_export, s9_export  # noqa: E402
 from s9_fastai.app.images import find_images  # noqa: E402
 from s9_fastai.app.learner import s9_learner  # noqa: E402
 from s9_fastai.app.parts import loader_parts  # noqa: E402
-from s9_fastai.app.predict import Predictor, main_predict, s9_predict  # noqa: E402
+from s9_fastai.app.predict import main_predict, s9_predict  # noqa: E402
+from s9_fastai.app.predictor import Predictor  # noqa: E402
 from s9_fastai.app.recipe import get_recipe  # noqa: E402
 from s9_fastai.app.train import s9_train  # noqa: E402
 from s9_fastai.cifar.loaders import cifar_dls  # noqa: E402
@@ -363,5 +364,5 @@ def test_a_program_in_an_environment_without_torch(folder, photos, tmp_path_fact
 
 
 def test_predictor_imports_no_fastai():
-    code = 'import sys; from s9_fastai.app.predict import Predictor; Predictor(); print(sorted({"fastai", "torchvision", "albumentations", "pandas", "fasthtml", "onnx"} & {*sys.modules}))'
+    code = 'import sys; from s9_fastai.app.predictor import Predictor; Predictor(); print(sorted({"fastai", "torchvision", "albumentations", "pandas", "fasthtml", "onnx"} & {*sys.modules}))'
     assert subprocess.run([sys.executable, '-c', code], capture_output=True, text=True).stdout == '[]\n'

@@ -111,7 +111,7 @@ ALLOWED = {  # a module, and what it may call
     'report.plots': ('read_csv', 'of bytes'),
     'resume.learner': ('read_text', 'the file of a CSVLogger, which is open'),
     **{k: ('load', 'of `TeacherLogits`') for k in ('app.teacher', 'app.training')},
-    'app.deploy': ('load', 'a file of `torch.export` that it has written'),
+    'app.formats': ('load', 'a file of `torch.export` that it has written'),
     'nets.export': ('load', 'a file that it has written'),
     **{k: ('read_text', "the package's own file") for k in ('app.options', 'report.page')},
     'core.archives': ('ZipFile open', 'of a file that is open, and its members'),

@@ -26,7 +26,8 @@ from torch import nn
 from s9_fastai.app.command import BadInput
 from s9_fastai.app.inputs import class_counts, several_labels
 from s9_fastai.app.learner import s9_learner
-from s9_fastai.app.predict import class_probabilities, s9_predict
+from s9_fastai.app.predict import s9_predict
+from s9_fastai.app.predictor import class_probabilities
 from s9_fastai.app.recipe import get_recipe
 from s9_fastai.app.run import open_run
 from s9_fastai.app.train import s9_train

@@ -65,7 +65,7 @@ Both tables are of one look at each image.
 
 ## With corruptions
 
-Made on the fly by `benchmarks/accuracy/robustness.py`, with the strengths of CIFAR-10-C (Hendrycks and Dietterich, *Benchmarking Neural Network Robustness to Common Corruptions and Perturbations*, 2019). The images are not the files of CIFAR-10-C, so compare with care.
+Made on the fly by `benchmarks/accuracy/robustness.py`. They are like those of CIFAR-10-C (Hendrycks and Dietterich, *Benchmarking Neural Network Robustness to Common Corruptions and Perturbations*, 2019), and no replica of its files, so compare with care. `s9_fastai.augment.corruptions` has what the strengths are.
 
 {harder}
 
@@ -73,7 +73,7 @@ Made on the fly by `benchmarks/accuracy/robustness.py`, with the strengths of CI
 
 - Ten classes, and no word for anything else: it names one of them for every image, with a probability that says little about images of another kind.
 - Trained on 32x32 pixels. A photograph is cut to its middle square and made that small first; what is not in the middle is not seen.
-- Noise, blur, low contrast and JPEG compression cost accuracy, as the table shows. It was not trained against them.
+- Noise, blur, fog, low contrast, coarse pixels and JPEG compression cost accuracy, as the table shows. It was not trained against them.
 - CIFAR-10's images were collected from the web, by search words, before 2009. What is rare there is rare here.
 - For teaching and experiments. Not for decisions about people or safety. MIT licence, as the package.
 """

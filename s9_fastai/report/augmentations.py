@@ -14,9 +14,8 @@ from fastcore.basics import first
 from matplotlib.figure import Figure
 
 from ..core.checks import COUNT, check_number
-from .inputs import _check_items
 from .labels import label
-from .loader import kept_loader, plain_loader
+from .loader import check_items, kept_loader, plain_loader
 from .mistakes import _width
 from .plots import Picture, save_picture
 
@@ -36,7 +35,7 @@ def augmented_items(
 )->list: # `n` batches of one item: input and targets, on the device of the loaders
     "Item `idx` as it is in `n` epochs, the first ones of a keyed loader; ValueError for an item that is not there"
     check_number('n', n, COUNT, int)
-    _check_items(dls, [idx], 0)
+    check_items(dls, [idx], 0)
     with _item_loader(dls.train, idx) as dl: return [first(dl) for _ in range(n)]
 
 # %% ../../nbs/39_report.augmentations.ipynb #be853f0e
@@ -70,7 +69,7 @@ def show_augmentations(
     check_number('n', n, COUNT, int)
     rows = {'': dls} if isinstance(dls, DataLoaders) else dict(dls)
     if not rows: raise ValueError('dls is empty: give a DataLoaders, or a dictionary of them by name')
-    for o in rows.values(): _check_items(o, [idx], 0)
+    for o in rows.values(): check_items(o, [idx], 0)
     width = _width([label(nm) for nm in rows], 0.) if any(rows) else 0.  # of the names
     fig = Picture(figsize=(_side*(n + 1) + width, 1.1*len(rows) + 0.2), dpi=100, layout='constrained')
     titles = ['plain', *(f'epoch {i + 1}' for i in range(n))]  # above the first row

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from ..core.checks import COUNT, check_number
 from .calls import model_of
-from .inputs import plain_loader, seen_items
+from .inputs import seen_items
 from .labels import label
+from .loader import class_names, plain_loader
 from .mistakes import _width
 from .plots import Picture, save_picture
 from .summary import _eval_mode
@@ -95,11 +96,11 @@ def similar(
     return tuple(torch.cat(o) for o in zip(*found))
 
 # %% ../../nbs/39_report.features.ipynb #ff92da4d
-def _class_names(dls, ys):
-    "The names of the classes `ys`, of a `vocab` if there is one; '' for other targets"
-    vocab = getattr(dls, 'vocab', None)
+def _target_names(dls, ys):
+    "The names of the classes `ys`; None for other targets"
     if not ys or ys[0].numel() != len(ys[0]) or ys[0].is_floating_point(): return None
-    return [label(vocab[int(y)] if vocab is not None and int(y) < len(vocab) else int(y)) for y in ys[0]]
+    names = class_names(dls)
+    return [label(names[int(y)] if int(y) < len(names) else int(y)) for y in ys[0]]
 
 def _draw_image(ax, image, title):
     ax.imshow(image, 'gray', vmin=0, vmax=1)
@@ -121,7 +122,7 @@ def plot_similar(
     near = seen_items(dls, idxs[0].tolist(), 0)
     fig = Picture(figsize=(1.4*(k + 1), 1.9), dpi=100, layout='constrained')
     axs = fig.subplots(1, k + 1)
-    own, names = (_class_names(dls, o.y) for o in (query, near))
+    own, names = (_target_names(dls, o.y) for o in (query, near))
     _draw_image(axs[0], query.images[0], f'item {idx}\n{own[0] if own else ""}')
     for i, (ax, image) in enumerate(zip(axs[1:], near.images)):
         _draw_image(ax, image, f'{names[i] if names else ""}\n{cosines[0, i]:.2f} (item {idxs[0, i]})')

@@ -12,7 +12,7 @@ import torch
 from fastai.data.core import DataLoaders
 from fastcore.basics import first
 
-from .loader import check_set, plain_loader
+from .loader import check_items, plain_loader
 
 # %% ../../nbs/38_report.inputs.ipynb #950896ae
 def pictures(
@@ -35,13 +35,6 @@ class Seen(NamedTuple):
     images:list # N float arrays, (H, W, 3) or (H, W), from 0 to 1
 
 # %% ../../nbs/38_report.inputs.ipynb #817407f9
-def _check_items(dls, idxs, ds_idx):
-    "ValueError for a set or an item that is not there"
-    check_set(dls, ds_idx)
-    n = len(dls[ds_idx].dataset)
-    for i in idxs:
-        if i not in range(n): raise ValueError(f'idx is {i!r}, but set {ds_idx} has the items 0 to {n - 1}: choose one')
-
 def _check_images(x):
     if isinstance(x, torch.Tensor) and x.ndim == 4: return
     found = tuple(x.shape) if isinstance(x, torch.Tensor) else type(x).__name__
@@ -55,7 +48,7 @@ def seen_items(
 )->Seen:
     "The items `idxs` of set `ds_idx`; ValueError for an item or a set that is not there, or without images"
     idxs = [int(i) for i in idxs]
-    _check_items(dls, idxs, ds_idx)
+    check_items(dls, idxs, ds_idx)
     with plain_loader(dls[ds_idx], get_idxs=lambda: idxs, bs=len(idxs), num_workers=0) as dl:
         b = first(dl)
         _check_images(b[0])

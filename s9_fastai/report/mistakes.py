@@ -15,7 +15,8 @@ from matplotlib.figure import Figure
 
 from ..core.checks import COUNT, check_number
 from .labels import label, percent
-from .outputs import untouched, whole_set, _check_targets, _class_names
+from .loader import class_names
+from .outputs import untouched, whole_set, _check_targets
 from .plots import Picture, save_picture
 
 _all_ = ['untouched']
@@ -23,7 +24,7 @@ _all_ = ['untouched']
 # %% ../../nbs/38_report.mistakes.ipynb #773cf636
 def _class_namer(dls):
     "From the number of a class to its name: the number itself where there is no name"
-    names = _class_names(dls)
+    names = class_names(dls)
     return lambda i: names[i] if 0 <= i < len(names) else int(i)
 
 # %% ../../nbs/38_report.mistakes.ipynb #131de222

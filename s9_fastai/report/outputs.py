@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from fastcore.basics import first, noop, patch
-from fastcore.foundation import CollBase
 
 from ..core.generators import random_kept
 from ..core.kept import kept
-from .loader import check_set, plain_loader
+from .loader import check_set, class_names, plain_loader
 
 # %% ../../nbs/37_report.outputs.ipynb #2d16f043
 @contextmanager
@@ -39,13 +38,6 @@ def whole_set(
     "All items of a set in their order, as for validation; ValueError where there is no such set"
     check_set(learn.dls, ds_idx)
     with untouched(learn), plain_loader(learn.dls[ds_idx] if dl is None else dl) as plain: yield plain
-
-# %% ../../nbs/37_report.outputs.ipynb #bd2a8ad7
-def _class_names(dls):
-    "Names of the classes; none where `dls` has no names"
-    vocab = getattr(dls, 'vocab', None)
-    names = [] if vocab is None else list(vocab)
-    return list(names[-1]) if names and isinstance(names[-1], (list, CollBase, np.ndarray)) else names
 
 # %% ../../nbs/37_report.outputs.ipynb #069bd02a
 def _is_class(y): return isinstance(y, torch.Tensor) and y.numel() == 1 and not y.is_floating_point()
@@ -187,8 +179,8 @@ def outputs_of(
     if not isinstance(z, torch.Tensor) or z.ndim != 2:
         raise ValueError(f'the outputs are {getattr(z, "shape", type(z))}: outputs_of takes one for each class, (N, C)')
     z, y = z.double(), y if y.is_floating_point() else y.reshape(len(z), -1).squeeze(1)
-    names = _class_names(learn.dls)
-    names += [*range(len(names), z.shape[1])]
+    given = class_names(learn.dls)
+    names = (*given, *range(len(given), z.shape[1]))
     p = getattr(learn.loss_func, 'activation', noop)(z)
     usual = z.sigmoid() if y.ndim == 2 else z.softmax(1)
     if not _are_probs(p, y.ndim == 2) or torch.allclose(p, usual): return Outputs(z.numpy(), y, names)
