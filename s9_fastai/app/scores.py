@@ -6,7 +6,7 @@
 __all__ = ['RunResult', 'run_result', 'write_results', 'ConfigResult', 'config_results', 'config_json', 'table_lines',
            'images_text']
 
-# %% ../../nbs/78_app.scores.ipynb #8b4d4a28
+# %% ../../nbs/78_app.scores.ipynb #bdaaaf54
 import json, math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from ..core.files import read_json, replacing
 from ..core.text import shown
 from ..report.intervals import mean_interval
 
-# %% ../../nbs/78_app.scores.ipynb #1e52bb52
+# %% ../../nbs/78_app.scores.ipynb #da31512d
 class RunResult(NamedTuple):
     "The result of a run"
     run:str # Its name, which is that of its folder
@@ -30,7 +30,7 @@ class RunResult(NamedTuple):
     best:float|None # The highest one of all epochs
     seconds:int # Of the epochs
 
-# %% ../../nbs/78_app.scores.ipynb #a68fb247
+# %% ../../nbs/78_app.scores.ipynb #32d1d22b
 def _number(text):
     try: return float(text)
     except ValueError: return math.nan
@@ -52,7 +52,7 @@ def run_result(
     return RunResult(job.run.name, job.run.values, job.run.seed, state, error, len(rows), metric,
                      scores[-1] if rows else None, best, seconds_of(rows))
 
-# %% ../../nbs/78_app.scores.ipynb #d02c2db8
+# %% ../../nbs/78_app.scores.ipynb #adcd0e10
 def write_results(
     results, # Each a `RunResult`
     path, # File, replaced as a whole
@@ -62,7 +62,7 @@ def write_results(
     lines = [json.dumps({k: plain(v) for k, v in o._asdict().items()}) + '\n' for o in results]
     with replacing(path) as f: f.write_text(''.join(lines), encoding='utf-8')
 
-# %% ../../nbs/78_app.scores.ipynb #6b93f7e3
+# %% ../../nbs/78_app.scores.ipynb #bb60b3ce
 class ConfigResult(NamedTuple):
     "The result of a configuration"
     config:str # Such as `lr=0.1`; empty where there is one configuration only
@@ -77,7 +77,7 @@ class ConfigResult(NamedTuple):
     best_run:str # The name of that run
     seconds:float # Of a run, in the mean
 
-# %% ../../nbs/78_app.scores.ipynb #cbecca70
+# %% ../../nbs/78_app.scores.ipynb #c6697fbb
 def _config(runs):
     "The `ConfigResult` of runs that are done"
     m, best = mean_interval([o.value for o in runs]), max(runs, key=lambda o: o.value)
@@ -94,14 +94,14 @@ def config_results(
         if o.state == 'done' and o.value is not None: found.setdefault(str(o.values), []).append(o)
     return sorted(map(_config, found.values()), key=lambda o: (math.isnan(o.mean), -o.mean))
 
-# %% ../../nbs/78_app.scores.ipynb #f1a9f3b2
+# %% ../../nbs/78_app.scores.ipynb #750e93f3
 def config_json(
     o:ConfigResult, # From `config_results`
 )->str: # In one line; null where there is no number
     "`o` as JSON"
     return json.dumps({k: None if isinstance(v, float) and math.isnan(v) else v for k, v in o._asdict().items()})
 
-# %% ../../nbs/78_app.scores.ipynb #5edd810f
+# %% ../../nbs/78_app.scores.ipynb #cc6b39c4
 def _percent(v): return '-' if math.isnan(v) else f'{100*v:.2f}'
 
 def _cells(o):
@@ -115,13 +115,14 @@ def table_lines(
     most:int=20, # Lines of configurations
 )->list: # Of texts
     "A table of the configurations, in percent"
-    rows = [('configuration', 'runs', 'mean, %', 'std', '95% interval', 'best', 'min a run'), *map(_cells, configs[:most])]
+    head = 'configuration', 'runs', 'mean, %', 'std', '95% interval', 'best', 'min a run'
+    rows = [head, *map(_cells, configs[:most])]
     widths = [max(map(len, col)) for col in zip(*rows)]
     lines = ['  '.join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))) for r in rows]
     more = len(configs) - most
     return lines + ([f'and {more} more, which are in results.jsonl'] if more > 0 else [])
 
-# %% ../../nbs/78_app.scores.ipynb #c26f2070
+# %% ../../nbs/78_app.scores.ipynb #73265b7a
 def images_text(
     run_dir, # Folder of a run that has begun
 )->str:

@@ -6,7 +6,7 @@
 __all__ = ['threads_each', 'sweep_source', 'sweep_results', 'compare_command', 'print_results', 's9_sweep', 'sweep_parser',
            'main_sweep']
 
-# %% ../../nbs/79_app.sweep.ipynb #8c98cc14
+# %% ../../nbs/79_app.sweep.ipynb #e3f8cda0
 import os, sys
 from functools import partial
 from pathlib import Path
@@ -16,7 +16,8 @@ from annotated_types import Interval
 
 from .command import BadInput, RunFailed, command_parser, run_command, shell_command
 from .definition import Asked, Plan
-from .grid import OWN, SweepRun, parse_seeds, sweep_runs
+from .grid import OWN, parse_seeds, sweep_runs
+from .job import failure, is_done, is_pruned
 from .options import add_options, option_types
 from .queue import JobList, Queue, run_queue
 from .tuning import Search, check_optuna
@@ -25,7 +26,7 @@ from ..core.cores import n_cores
 from ..core.signals import Stopped
 from ..core.text import shown
 
-# %% ../../nbs/79_app.sweep.ipynb #2ec9e8a7
+# %% ../../nbs/79_app.sweep.ipynb #4495443c
 def threads_each(
     n_jobs:int, # Runs at a time
 )->int|None: # None: torch's choice
@@ -33,7 +34,7 @@ def threads_each(
     if n_jobs == 1 or os.environ.get('OMP_NUM_THREADS'): return None
     return max(1, n_cores()//n_jobs)
 
-# %% ../../nbs/79_app.sweep.ipynb #98e84984
+# %% ../../nbs/79_app.sweep.ipynb #8a2baa97
 def sweep_source(
     folder, # Of a sweep
     plan:Plan, # Its definition
@@ -49,7 +50,7 @@ def sweep_source(
     check_optuna()
     return Search(plan, folder, make, partial(sweep_lock, folder), recipe.epochs)
 
-# %% ../../nbs/79_app.sweep.ipynb #ec702ba4
+# %% ../../nbs/79_app.sweep.ipynb #c7ea8c62
 def sweep_results(
     folder, # Of a sweep
 )->list: # Of `RunResult`
@@ -60,7 +61,7 @@ def sweep_results(
     if plan is None: raise ValueError(f'{shown(folder)}: no sweep.json there; name the folder of a sweep')
     return [run_result(job) for job in sweep_source(folder, plan, {}).everything()]
 
-# %% ../../nbs/79_app.sweep.ipynb #46bf6e51
+# %% ../../nbs/79_app.sweep.ipynb #4aec9b29
 def compare_command(
     folder, # Of the sweep
     results, # Each a `RunResult`
@@ -73,7 +74,7 @@ def compare_command(
     for nm in names[:most]: command = shell_command(command, Path(folder)/'runs'/nm)
     return command if len(names) > 1 else ''
 
-# %% ../../nbs/79_app.sweep.ipynb #b53316cb
+# %% ../../nbs/79_app.sweep.ipynb #26cffd7c
 def print_results(
     folder, # Of the sweep
     as_json:bool=False, # A JSON object for each configuration in place of the table?
@@ -90,12 +91,20 @@ def print_results(
         if command := compare_command(folder, results, configs): print(f'curves: {command}')
     return configs
 
-def _open_line(folder, source, plan):
-    done = sum(o.state == 'done' for o in source.jobs)
-    total = plan.optuna if plan.optuna is not None else len(source.jobs)
-    return f'{shown(folder)}: {total} {"trials" if plan.optuna is not None else "runs"}, {done} done'
+def _open_lines(folder, source, plan, command):
+    done, left = (sum(o.state in states for o in source.jobs) for states in (('done',), ('done', 'pruned', 'failed')))
+    is_search = plan.optuna is not None
+    total, left = plan.optuna if is_search else len(source.jobs), left if is_search else done
+    lines = [f'{shown(folder)}: {total} {"trials" if is_search else "runs"}, {done} done']
+    return lines + ([f'to go on with it if it stops: {command}'] if left < total else [])
 
-# %% ../../nbs/79_app.sweep.ipynb #d82fc37f
+def _note_others(source, command, stream):
+    "Print how many runs other processes have not ended yet"
+    left = [o for o in source.everything() if o.state in ('waiting', 'elsewhere')]
+    if n := sum(not (is_done(o.path) or is_pruned(o.path) or failure(o.path)) for o in left):
+        print(f'under way in other processes: {n}; {command} prints the table again', file=stream)
+
+# %% ../../nbs/79_app.sweep.ipynb #c4f7c2d2
 def _asked(options, grid, seeds, random, optuna, draw_seed):
     "The `Asked` of a call; `BadInput` for what cannot be right"
     types = option_types('s9_train')
@@ -121,12 +130,13 @@ def _open(out, asked):
 
 def _finish(source, signum, command):
     "Raise for a sweep that was stopped, or in which runs have failed"
-    n, total = sum(o.state == 'done' for o in source.jobs), len(source.jobs)
+    n, total = sum(is_done(o.path) for o in source.jobs), len(source.jobs)
     if signum: raise Stopped(signum, f'stopped, with {n} of {total} runs done; to go on: {command}')
     failed = [o for o in source.jobs if o.state == 'failed' and (o.process or isinstance(source, JobList))]
     if failed:
-        raise RunFailed(f'{len(failed)} of {total} runs have failed, such as {failed[0].name} ({failed[0].error}); log: '
-                        f'{shown(failed[0].log)}. To try them again: {command}')
+        first = failed[0]
+        raise RunFailed(f'{len(failed)} of {total} runs have failed, such as {first.name} ({first.error}); log: '
+                        f'{shown(first.log)}. To try them again: {command}')
 
 def s9_sweep(
     seeds:str=None, # Seeds of each configuration, such as 0-9 or 0,3,7; default: 42
@@ -146,23 +156,21 @@ def s9_sweep(
     command = shell_command('s9_sweep --out', folder) + f' --jobs {jobs}'*(jobs > 1)
     stream = sys.stderr if json else sys.stdout
     source = sweep_source(folder, plan, given)
-    for line in (_open_line(folder, source, plan), f'to go on with it if it stops: {command}', note):
-        if line: print(line, file=stream, flush=True)
+    print(*_open_lines(folder, source, plan, command), *filter(None, [note]), sep='\n', file=stream, flush=True)
     signum = run_queue(Queue(source, jobs, threads_each(jobs), total=plan.optuna, stream=stream))
     configs = [] if signum else print_results(folder, json)
-    n = sum(o.state in ('waiting', 'elsewhere') for o in source.everything())
-    if n and not signum: print(f'under way in other processes: {n}; {command} prints the table again', file=stream)
+    if not signum: _note_others(source, command, stream)
     _finish(source, signum, command)
     return configs
 
-# %% ../../nbs/79_app.sweep.ipynb #354c765f
+# %% ../../nbs/79_app.sweep.ipynb #38072675
 def sweep_parser(): # An argparse parser
     "The parser for the command line of `s9_sweep`"
     parser = command_parser(s9_sweep, ())
     add_options(parser, 's9_train', OWN)
     return parser
 
-# %% ../../nbs/79_app.sweep.ipynb #d1cd687b
+# %% ../../nbs/79_app.sweep.ipynb #d69e69fd
 def main_sweep():
     "The command `s9_sweep`"
     run_command(s9_sweep, parser=sweep_parser())
