@@ -172,7 +172,7 @@ def parsed_options(
         if args.pop(k) not in (None, False): parser.error(f'unrecognized arguments: --{k}')
     for k, v in args.items():  # `--out=--` is the empty list for some versions of argparse
         name = f'--{k.replace("_", "-")}'
-        if isinstance(v, list) and name in parser._option_string_actions:
+        if isinstance(v, list) and (not v or [] in v) and name in parser._option_string_actions:
             parser.error(f'argument {name}: expected one argument')
     return args
 

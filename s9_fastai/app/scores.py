@@ -6,7 +6,7 @@
 __all__ = ['RunResult', 'run_result', 'write_results', 'ConfigResult', 'config_results', 'config_json', 'table_lines',
            'images_text']
 
-# %% ../../nbs/78_app.scores.ipynb #bdaaaf54
+# %% ../../nbs/78_app.scores.ipynb #ded241e0
 import json, math
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ from ..core.files import read_json, replacing
 from ..core.text import shown
 from ..report.intervals import mean_interval
 
-# %% ../../nbs/78_app.scores.ipynb #da31512d
+# %% ../../nbs/78_app.scores.ipynb #402cc285
 class RunResult(NamedTuple):
     "The result of a run"
     run:str # Its name, which is that of its folder
@@ -30,7 +30,7 @@ class RunResult(NamedTuple):
     best:float|None # The highest one of all epochs
     seconds:int # Of the epochs
 
-# %% ../../nbs/78_app.scores.ipynb #32d1d22b
+# %% ../../nbs/78_app.scores.ipynb #074d2985
 def _number(text):
     try: return float(text)
     except ValueError: return math.nan
@@ -52,7 +52,7 @@ def run_result(
     return RunResult(job.run.name, job.run.values, job.run.seed, state, error, len(rows), metric,
                      scores[-1] if rows else None, best, seconds_of(rows))
 
-# %% ../../nbs/78_app.scores.ipynb #adcd0e10
+# %% ../../nbs/78_app.scores.ipynb #3c618f7b
 def write_results(
     results, # Each a `RunResult`
     path, # File, replaced as a whole
@@ -62,7 +62,7 @@ def write_results(
     lines = [json.dumps({k: plain(v) for k, v in o._asdict().items()}) + '\n' for o in results]
     with replacing(path) as f: f.write_text(''.join(lines), encoding='utf-8')
 
-# %% ../../nbs/78_app.scores.ipynb #bb60b3ce
+# %% ../../nbs/78_app.scores.ipynb #77f0b63a
 class ConfigResult(NamedTuple):
     "The result of a configuration"
     config:str # Such as `lr=0.1`; empty where there is one configuration only
@@ -77,11 +77,11 @@ class ConfigResult(NamedTuple):
     best_run:str # The name of that run
     seconds:float # Of a run, in the mean
 
-# %% ../../nbs/78_app.scores.ipynb #c6697fbb
+# %% ../../nbs/78_app.scores.ipynb #655e9f21
 def _config(runs):
     "The `ConfigResult` of runs that are done"
     m, best = mean_interval([o.value for o in runs]), max(runs, key=lambda o: o.value)
-    config = ','.join(f'{k}={v}' for k, v in best.values.items())
+    config = ','.join(f'{k}={v:.6g}' if isinstance(v, float) else f'{k}={v}' for k, v in best.values.items())
     seconds = sum(o.seconds for o in runs)/len(runs)
     return ConfigResult(config, best.values, best.metric, *m, best.value, best.run, seconds)
 
@@ -91,17 +91,17 @@ def config_results(
     "The results by configuration"
     found:dict = {}
     for o in results:
-        if o.state == 'done' and o.value is not None: found.setdefault(str(o.values), []).append(o)
-    return sorted(map(_config, found.values()), key=lambda o: (math.isnan(o.mean), -o.mean))
+        if o.state == 'done' and o.value is not None: found.setdefault(str(o.values), {}).setdefault(o.seed, o)
+    return sorted((_config([*runs.values()]) for runs in found.values()), key=lambda o: (math.isnan(o.mean), -o.mean))
 
-# %% ../../nbs/78_app.scores.ipynb #750e93f3
+# %% ../../nbs/78_app.scores.ipynb #1a1e3a27
 def config_json(
     o:ConfigResult, # From `config_results`
 )->str: # In one line; null where there is no number
     "`o` as JSON"
     return json.dumps({k: None if isinstance(v, float) and math.isnan(v) else v for k, v in o._asdict().items()})
 
-# %% ../../nbs/78_app.scores.ipynb #cc6b39c4
+# %% ../../nbs/78_app.scores.ipynb #2d70f3b1
 def _percent(v): return '-' if math.isnan(v) else f'{100*v:.2f}'
 
 def _cells(o):
@@ -122,7 +122,7 @@ def table_lines(
     more = len(configs) - most
     return lines + ([f'and {more} more, which are in results.jsonl'] if more > 0 else [])
 
-# %% ../../nbs/78_app.scores.ipynb #73265b7a
+# %% ../../nbs/78_app.scores.ipynb #98b1eef5
 def images_text(
     run_dir, # Folder of a run that has begun
 )->str:
