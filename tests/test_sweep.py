@@ -186,7 +186,7 @@ def test_four_seeds_on_the_sample_killed_and_taken_up_again(tmp_path):
     children = Path(f'/proc/{p.pid}/task/{p.pid}/children').read_text().split()
     child = next(c for c in children if 'seed=1' in Path(f'/proc/{c}/cmdline').read_text())
     os.kill(int(child), signal.SIGKILL)
-    wait_for(lambda: is_training(runs/'seed=1'), 200)
+    wait_for(lambda: ' resumed' in (runs/'seed=1'/'sweep.log').read_text(), 200)
     p.send_signal(signal.SIGTERM)
     out = p.communicate(timeout=200)[0]
     assert p.returncode == 143 and 'killed: seed=1: killed by SIGKILL' in out and 's9_sweep: stopped, with ' in out and out.endswith('to go on: s9_sweep --out sweep --jobs 2\n')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOCAL', 'Plan', 'Asked', 'new_plan', 'extended', 'plan_json', 'plan_of']
 
-# %% ../../nbs/77_app.definition.ipynb #158bbe04
+# %% ../../nbs/77_app.definition.ipynb #905a9a31
 import os
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from .command import BadInput
 from .grid import drawn_configs, grid_configs, parse_axis, parse_seeds
 
-# %% ../../nbs/77_app.definition.ipynb #1f2c347f
+# %% ../../nbs/77_app.definition.ipynb #d57013cf
 @dataclass(frozen=True)
 class Plan:
     "The definition of a sweep"
@@ -34,16 +34,16 @@ class Plan:
         if self.random is not None: return drawn_configs(self.axes, self.random, self.draw_seed)
         return grid_configs(self.axes)
 
-# %% ../../nbs/77_app.definition.ipynb #1cb47ab5
+# %% ../../nbs/77_app.definition.ipynb #01322126
 @dataclass(frozen=True)
 class Asked:
     "What a call of `s9_sweep` has for the definition; None: not given"
     base:dict[str, Any] # Options of `s9_train` that are given
     grid:tuple = () # Texts, such as 'lr=0.1,0.3'
     seeds:str|None = None # Such as '0-9'
-    random:int|None = None
-    optuna:int|None = None
-    draw_seed:int|None = None
+    random:int|None = None # Configurations to draw
+    optuna:int|None = None # Trials of a search
+    draw_seed:int|None = None # Of the draws, or of the search
 
     def axes(self)->tuple: # Of `Axis`
         "The grid; `BadInput` for what cannot be one"
@@ -62,7 +62,7 @@ class Asked:
 
 _paths = 'data', 'teacher', 'pretrained', 'classes'
 
-# %% ../../nbs/77_app.definition.ipynb #9e74ba2f
+# %% ../../nbs/77_app.definition.ipynb #981ac5d3
 def new_plan(
     asked:Asked, # With seeds or a grid
 )->Plan:
@@ -81,11 +81,11 @@ def new_plan(
                        'best configuration from several afterwards')
     return plan
 
-# %% ../../nbs/77_app.definition.ipynb #6c7a251c
+# %% ../../nbs/77_app.definition.ipynb #6a26ab16
 #: Options of `s9_train` that each call of a sweep can have for itself
 LOCAL = ('device', 'workers')
 
-# %% ../../nbs/77_app.definition.ipynb #3948c03e
+# %% ../../nbs/77_app.definition.ipynb #3be6a896
 def _refuse(what, new, old, folder):
     raise BadInput(f'{what} is {new}, but {old} in the sweep in {folder}: leave it out, or name another folder with '
                    '--out')
@@ -115,7 +115,7 @@ def _more_axes(plan, asked, folder):
     def more(a): return replace(a, values=tuple(dict.fromkeys(a.values + new[a.name].values))) if a.name in new else a
     return tuple(map(more, plan.axes))
 
-# %% ../../nbs/77_app.definition.ipynb #384e7307
+# %% ../../nbs/77_app.definition.ipynb #9417cae5
 def extended(
     plan:Plan, # That of the folder
     asked:Asked, # What a call has
@@ -130,14 +130,14 @@ def extended(
     return replace(plan, axes=_more_axes(plan, asked, folder), seeds=seeds, random=most(plan.random, asked.random),
                    optuna=most(plan.optuna, asked.optuna))
 
-# %% ../../nbs/77_app.definition.ipynb #badef5b2
+# %% ../../nbs/77_app.definition.ipynb #fb3f94fe
 def plan_json(
     plan:Plan, # Any
 )->dict: # What JSON can hold
     "`plan` for the file of a sweep"
     return {**asdict(plan), 'axes': [*map(str, plan.axes)], 'seeds': [*plan.seeds]}
 
-# %% ../../nbs/77_app.definition.ipynb #a9f7d223
+# %% ../../nbs/77_app.definition.ipynb #2fa961cc
 def _is_whole(o, low=0): return isinstance(o, int) and not isinstance(o, bool) and o >= low
 
 def plan_of(

@@ -6,7 +6,7 @@
 __all__ = ['MAX_RUNS', 'OWN', 'parse_seeds', 'Axis', 'axis_type', 'parse_axis', 'SweepRun', 'run_name', 'grid_configs',
            'drawn_configs', 'sweep_runs']
 
-# %% ../../nbs/76_app.grid.ipynb #d641ccdc
+# %% ../../nbs/76_app.grid.ipynb #a48a6917
 import difflib, hashlib, math, re
 from argparse import ArgumentTypeError
 from dataclasses import dataclass
@@ -17,11 +17,11 @@ from typing import Any
 from .command import BadInput, _parsed
 from .options import option_types
 
-# %% ../../nbs/76_app.grid.ipynb #aa09b257
+# %% ../../nbs/76_app.grid.ipynb #96745218
 #: Most runs of a sweep
 MAX_RUNS = 10_000
 
-# %% ../../nbs/76_app.grid.ipynb #73f348c0
+# %% ../../nbs/76_app.grid.ipynb #1fd59440
 def parse_seeds(
     text:str, # Such as '0-9', '0,3,7' or '0-2,7'
 )->list: # Of different whole numbers, in the order of the text
@@ -37,7 +37,7 @@ def parse_seeds(
         found += range(low, high + 1)
     return [*dict.fromkeys(found)]
 
-# %% ../../nbs/76_app.grid.ipynb #5bb04f70
+# %% ../../nbs/76_app.grid.ipynb #6725c41d
 @dataclass(frozen=True)
 class Axis:
     "An option with the values that it has in a sweep"
@@ -54,11 +54,11 @@ class Axis:
         span = f'{self.low}..{self.high}' + ':log'*self.is_log
         return f'{self.name}={span if self.is_range else ",".join(map(str, self.values))}'
 
-# %% ../../nbs/76_app.grid.ipynb #79bd399b
+# %% ../../nbs/76_app.grid.ipynb #75f28bda
 #: Options of `s9_train` that a sweep sets for each run
 OWN = ('seed', 'out', 'resume', 'force')
 
-# %% ../../nbs/76_app.grid.ipynb #444c5f0c
+# %% ../../nbs/76_app.grid.ipynb #c6e69427
 def axis_type(
     name:str, # With _ or -
 )->type: # int, float or str
@@ -73,7 +73,7 @@ def axis_type(
     hint = f'did you mean {near[0]}?' if near else 's9_train --help has them all'
     raise BadInput(f'grid has {name!r}, which is no option of s9_train; {hint}')
 
-# %% ../../nbs/76_app.grid.ipynb #3a9b7c41
+# %% ../../nbs/76_app.grid.ipynb #f28062f5
 def _value(name, kind, text):
     if kind is str: return text
     try: return _parsed(kind, text)
@@ -104,15 +104,15 @@ def parse_axis(
     if '' in found: raise BadInput(f'grid is {text!r}, where a value is empty: leave the comma out')
     return Axis(name, tuple(dict.fromkeys(found)))
 
-# %% ../../nbs/76_app.grid.ipynb #7d8dc847
+# %% ../../nbs/76_app.grid.ipynb #6ca9fd8e
 @dataclass(frozen=True)
 class SweepRun:
     "A run of a sweep"
     name:str # Of its folder, such as `lr=0.1,seed=3`
     values:dict[str, Any] # The options in which its configuration differs from the others
-    seed:int
+    seed:int # Of the run
 
-# %% ../../nbs/76_app.grid.ipynb #64f7aa7e
+# %% ../../nbs/76_app.grid.ipynb #3c5347c8
 def run_name(
     values:dict, # Options of the configuration
     seed:int, # Of the run
@@ -123,7 +123,7 @@ def run_name(
     if plain == name and len(name) <= 110: return name
     return f'{plain[:100]}-{hashlib.sha256(name.encode("utf-8", "surrogateescape")).hexdigest()[:8]}'
 
-# %% ../../nbs/76_app.grid.ipynb #c13a57d0
+# %% ../../nbs/76_app.grid.ipynb #857640d4
 def grid_configs(
     axes, # Each an `Axis` with values
 )->list: # Of dictionaries, values by name
@@ -134,7 +134,7 @@ def grid_configs(
     if n > MAX_RUNS: raise BadInput(f'grid has {n} combinations, but a sweep has at most {MAX_RUNS} runs: use --random')
     return [dict(zip([o.name for o in axes], vs)) for vs in product(*(o.values for o in axes))]
 
-# %% ../../nbs/76_app.grid.ipynb #ebe0099c
+# %% ../../nbs/76_app.grid.ipynb #48c2640a
 def _draw(axis, u):
     "The value of `axis` at `u`, from 0 to below 1"
     if not axis.is_range: return axis.values[int(u*len(axis.values))]
@@ -158,7 +158,7 @@ def drawn_configs(
         if len(found) == n: break
     return [*found.values()]
 
-# %% ../../nbs/76_app.grid.ipynb #038769ef
+# %% ../../nbs/76_app.grid.ipynb #71ae410b
 def sweep_runs(
     configs, # From `grid_configs` or `drawn_configs`
     seeds, # Whole numbers

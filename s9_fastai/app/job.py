@@ -6,7 +6,7 @@
 __all__ = ['TRAIN', 'read_rows', 'score_name', 'seconds_of', 'is_done', 'failure', 'is_pruned', 'last_line', 'try_lock',
            'is_training', 'Job', 'start_job', 'stop_job', 'end_job', 'end_line']
 
-# %% ../../nbs/77_app.job.ipynb #40b1b805
+# %% ../../nbs/77_app.job.ipynb #26db4067
 import os, signal, subprocess, sys, time
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from .grid import SweepRun
 from ..core.files import naming, open_input, read_json, write_json
 from ..core.text import shown
 
-# %% ../../nbs/77_app.job.ipynb #c576face
+# %% ../../nbs/77_app.job.ipynb #25822d9a
 def read_rows(
     run_dir, # Folder of a run, which may not be there yet
 )->list: # Of dictionaries of texts, by the names of the columns
@@ -30,14 +30,14 @@ def read_rows(
     columns, *rows = [ln.split(',') for ln in text[:text.rfind('\n') + 1].split('\n')[:-1]] or [[]]
     return [dict(zip(columns, row)) for row in rows if len(row) == len(columns)]
 
-# %% ../../nbs/77_app.job.ipynb #7139b901
+# %% ../../nbs/77_app.job.ipynb #d070730e
 def score_name(
     row:dict, # From `read_rows`
 )->str: # A column
     "The column by which runs are compared"
     return 'valid_accuracy' if 'valid_accuracy' in row or 'valid_macro_f1' not in row else 'valid_macro_f1'
 
-# %% ../../nbs/77_app.job.ipynb #092c5864
+# %% ../../nbs/77_app.job.ipynb #76adfa1e
 def seconds_of(
     rows, # From `read_rows`
 )->int:
@@ -45,7 +45,7 @@ def seconds_of(
     times = [row.get('time', '').split(':') for row in rows]
     return sum(60**i*int(o) for t in times for i, o in enumerate(reversed(t)) if o.isdigit())
 
-# %% ../../nbs/77_app.job.ipynb #c318e553
+# %% ../../nbs/77_app.job.ipynb #af12a49f
 def is_done(
     run_dir, # Folder of a run, which may not be there yet
 )->bool:
@@ -55,7 +55,7 @@ def is_done(
     recipe = read_json(path/'recipe.json')
     return isinstance(recipe, dict) and len(read_rows(path)) == recipe.get('epochs')
 
-# %% ../../nbs/77_app.job.ipynb #6aa7f9cb
+# %% ../../nbs/77_app.job.ipynb #1885a495
 def failure(
     run_dir, # Folder of a run
 )->dict|None: # `error` in one line, and `time`; None where it has not failed
@@ -64,14 +64,14 @@ def failure(
     except (OSError, ValueError): return None
     return found if isinstance(found, dict) and 'error' in found else None
 
-# %% ../../nbs/77_app.job.ipynb #f03d0a4e
+# %% ../../nbs/77_app.job.ipynb #881fecc8
 def is_pruned(
     run_dir, # Folder of a run
 )->bool:
     "Was the run given up by a search?"
     return (Path(run_dir)/'sweep.pruned').is_file()
 
-# %% ../../nbs/77_app.job.ipynb #0758fa34
+# %% ../../nbs/77_app.job.ipynb #9c956c89
 def last_line(
     log, # Path of the log
 )->str: # 'no output' where there is none
@@ -82,7 +82,7 @@ def last_line(
         return next((shown(o.strip()).removeprefix('s9_train: ') for o in reversed(lines) if o.strip()), 'no output')
     return 'no output'
 
-# %% ../../nbs/77_app.job.ipynb #ef05d85a
+# %% ../../nbs/77_app.job.ipynb #ccec7554
 def try_lock(
     path, # Of the lock file, in a folder that is there
 )->FileLock|None: # None where another process has it
@@ -93,7 +93,7 @@ def try_lock(
         except Timeout: return None
     return lock
 
-# %% ../../nbs/77_app.job.ipynb #ed2647d3
+# %% ../../nbs/77_app.job.ipynb #88ab750f
 def is_training(
     run_dir, # Folder of a run
 )->bool:
@@ -104,26 +104,26 @@ def is_training(
     if lock is not None: lock.release()
     return lock is None
 
-# %% ../../nbs/77_app.job.ipynb #388f59fc
+# %% ../../nbs/77_app.job.ipynb #7ef1dd20
 _root = Path(__file__).resolve().parents[2] if '__file__' in globals() else Path()
 _code = (f'import sys; sys.path[:] = [*filter(None, sys.path), {str(_root)!r}]; '
          'from s9_fastai.app.entry import train; train()')
 #: The command line of `s9_train`, before its options
 TRAIN = (sys.executable, '-c', _code)
 
-# %% ../../nbs/77_app.job.ipynb #9fe6c808
+# %% ../../nbs/77_app.job.ipynb #d7b379dc
 @dataclass
 class Job:
     "A run of a sweep, with its process while it is trained"
-    run:SweepRun
+    run:SweepRun # Which run it is
     path:Path # Folder of the run
     args:list # Options of `s9_train` for the new run
     local:list = field(default_factory=list) # Those of them that a resumed run takes too
     state:str = 'waiting' # 'waiting', 'running', 'done', 'failed', 'stopped', 'killed', 'pruned' or 'elsewhere'
     error:str = '' # Of a failed or killed run
     kills:int = 0 # How often it was killed in this call
-    lock:Any = None
-    process:Any = None
+    lock:Any = None # Held while the job is claimed
+    process:Any = None # Of its last start
 
     @property
     def log(self)->Path: return self.path/'sweep.log'
@@ -144,7 +144,7 @@ class Job:
         if self.lock is not None: self.lock.release()
         self.lock = None
 
-# %% ../../nbs/77_app.job.ipynb #1557b170
+# %% ../../nbs/77_app.job.ipynb #f4206118
 def start_job(
     job:Job, # Claimed
     command=TRAIN, # Before the options
@@ -163,7 +163,7 @@ def start_job(
     job.state = 'running'
     return f'resumed: {job.name}, after epoch {len(read_rows(job.path))}' if is_begun else f'begun: {job.name}'
 
-# %% ../../nbs/77_app.job.ipynb #a39f43d5
+# %% ../../nbs/77_app.job.ipynb #a9b2af36
 def stop_job(
     job:Job, # Running
     state:str='stopped', # Of the job when it has ended; 'pruned': it is not resumed
@@ -174,7 +174,7 @@ def stop_job(
     job.state = state
     with suppress(ProcessLookupError): job.process.terminate()
 
-# %% ../../nbs/77_app.job.ipynb #9b1e8dab
+# %% ../../nbs/77_app.job.ipynb #f8c10bcb
 def _signal_name(code):
     "The signal that has ended a process with the exit code `code`; empty where none has"
     number = -code if code < 0 else code - 128 if code in (129, 130, 143) else 0
@@ -201,7 +201,7 @@ def end_job(
     else: _fail(job, f'exit code {code}: {last_line(job.log)}')
     return True
 
-# %% ../../nbs/77_app.job.ipynb #ae00d86f
+# %% ../../nbs/77_app.job.ipynb #5a801272
 def end_line(
     job:Job, # Ended
 )->str:

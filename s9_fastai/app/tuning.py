@@ -5,13 +5,12 @@
 # %% auto #0
 __all__ = ['check_optuna', 'open_study', 'suggest', 'Search', 'report_rows', 'tell_end', 'next_trial', 'watch_trial']
 
-# %% ../../nbs/78_app.tuning.ipynb #fdbc299b
+# %% ../../nbs/78_app.tuning.ipynb #0b4a18f5
 import math, os
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from fastcore.basics import patch
 from filelock import FileLock
 
 from .command import BadInput
@@ -19,13 +18,13 @@ from .definition import Plan
 from .grid import Axis, SweepRun
 from .job import Job, failure, is_done, is_pruned, read_rows, score_name, stop_job
 
-# %% ../../nbs/78_app.tuning.ipynb #555b966e
+# %% ../../nbs/78_app.tuning.ipynb #402d65a5
 def check_optuna():
     "`BadInput` where Optuna is not installed"
     if find_spec('optuna') is None:
         raise BadInput("--optuna needs a package that is not installed: pip install 's9_fastai[optuna]'")
 
-# %% ../../nbs/78_app.tuning.ipynb #0ef372e5
+# %% ../../nbs/78_app.tuning.ipynb #0cc9a39f
 def open_study(
     folder, # Of the sweep
     n_warmup:int=1, # Epochs in which no trial is pruned
@@ -41,7 +40,7 @@ def open_study(
     return optuna.create_study(storage=storage, study_name='sweep', direction='maximize', pruner=pruner,
                                load_if_exists=True)
 
-# %% ../../nbs/78_app.tuning.ipynb #24dacf33
+# %% ../../nbs/78_app.tuning.ipynb #dc531c85
 def suggest(
     trial, # Of Optuna
     axis:Axis, # Values or a range
@@ -51,7 +50,7 @@ def suggest(
     f = trial.suggest_int if isinstance(axis.low, int) else trial.suggest_float
     return f(axis.name, axis.low, axis.high, log=axis.is_log)
 
-# %% ../../nbs/78_app.tuning.ipynb #bbe3d127
+# %% ../../nbs/78_app.tuning.ipynb #82af5c99
 class Search:
     "Gives out the trials of an Optuna study as jobs"
     def __init__(self,
@@ -80,7 +79,14 @@ class Search:
             if job.state != 'elsewhere' or not is_over: found.append(job)
         return found
 
-# %% ../../nbs/78_app.tuning.ipynb #80d840c7
+    def next(self)->Job|None: return next_trial(self)
+    def watch(self, job:Job): watch_trial(self, job)
+
+    def ended(self, job:Job):
+        tell_end(self.trials[job.run.name], job)
+        if job.state in ('stopped', 'elsewhere'): del self.trials[job.run.name]
+
+# %% ../../nbs/78_app.tuning.ipynb #8fc5198d
 def _score(row):
     try: return float(row.get(score_name(row), ''))
     except ValueError: return math.nan
@@ -95,7 +101,7 @@ def report_rows(
     for i, value in new: trial.report(value, i)
     return bool(new)
 
-# %% ../../nbs/78_app.tuning.ipynb #c920d472
+# %% ../../nbs/78_app.tuning.ipynb #5b48cd34
 def tell_end(
     trial, # Of Optuna
     job:Job, # Its run has ended
@@ -108,7 +114,7 @@ def tell_end(
     elif is_pruned(job.path): trial.study.tell(trial, state=TrialState.PRUNED)
     elif failure(job.path): trial.study.tell(trial, state=TrialState.FAIL)
 
-# %% ../../nbs/78_app.tuning.ipynb #d5986df7
+# %% ../../nbs/78_app.tuning.ipynb #650d7132
 def _left_over(search):
     "A trial that another process has left, claimed; None where there is none"
     import optuna
@@ -144,7 +150,7 @@ def next_trial(
     search.jobs.append(job)
     return job
 
-# %% ../../nbs/78_app.tuning.ipynb #0cde2bb3
+# %% ../../nbs/78_app.tuning.ipynb #2d4aa43d
 def watch_trial(
     search:Search, # That has given out `job`
     job:Job, # Running
@@ -156,15 +162,3 @@ def watch_trial(
     search.sizes[job.run.name] = size
     trial, rows = search.trials[job.run.name], read_rows(job.path)
     if report_rows(trial, rows) and len(rows) < search.epochs and trial.should_prune(): stop_job(job, 'pruned')
-
-# %% ../../nbs/78_app.tuning.ipynb #a1f57697
-@patch
-def next(self:Search)->Job|None: return next_trial(self)
-
-@patch
-def watch(self:Search, job:Job): watch_trial(self, job)
-
-@patch
-def ended(self:Search, job:Job):
-    tell_end(self.trials[job.run.name], job)
-    if job.state in ('stopped', 'elsewhere'): del self.trials[job.run.name]
