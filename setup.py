@@ -15,6 +15,6 @@ setup(
     author=cfg['author'], author_email=cfg['author_email'], license_expression=cfg['license'],
     long_description=(here/'README.md').read_text(encoding='utf-8'), long_description_content_type='text/markdown',
     python_requires='>=' + cfg['min_python'], install_requires=cfg['requirements'].split(),
-    extras_require={nm: cfg[f'{nm}_requirements'].split() for nm in ('dev', 'timm', 'onnx')},
+    extras_require={nm: cfg[f'{nm}_requirements'].split() for nm in ('dev', 'timm', 'onnx', 'optuna')},
     packages=find_packages(str(here), include=[lib, f'{lib}.*']), package_data={lib: ['assets/*', 'py.typed']},
     entry_points={'console_scripts': cfg['console_scripts'].split(), 'nbdev': [f'{lib}={lib}._modidx:d']})

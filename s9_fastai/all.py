@@ -29,7 +29,7 @@ from s9_fastai.nets.pretrained import *
 from s9_fastai.nets.tta import *
 from s9_fastai.report.trace import Row
 from s9_fastai.report.summary import *
-from s9_fastai.report.intervals import Share, wilson
+from s9_fastai.report.intervals import Mean, Share, mean_interval, wilson
 from s9_fastai.report.outputs import Outputs, outputs_of
 from s9_fastai.report.plots import *
 from s9_fastai.report.mistakes import *
@@ -82,3 +82,4 @@ from s9_fastai.app.predictor import *
 from s9_fastai.app.predict import *
 from s9_fastai.app.apart import *
 from s9_fastai.app.compare import *
+from s9_fastai.app.sweep import s9_sweep, sweep_results

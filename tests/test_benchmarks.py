@@ -80,16 +80,15 @@ def test_runs_from_several_seeds_are_one_line_and_are_resumed(tmp_path):
     assert 'held-out' in o['measure'] and len(o['mirrored']) == 2 and all(v*5 == round(v*5) and abs(v - w) < 15 for v, w in zip(o['mirrored'], o['values']))
     assert abs(o['mean'] - sum(o['values'])/2) < 1e-9 and {*o['histories']} == {'0', '1'} and len(o['histories']['0']['train_loss']) == 1
     assert {'hardware', 'versions', 'commit', 'command', 'date'} <= o.keys()
-    begun = json.loads((tmp_path/'runs'/'try'/'seed-0.json').read_text())
-    assert begun['args'][-2:] == ['--epochs', '1'] and begun['commit'] == o['commit']
+    assert json.loads((tmp_path/'runs'/'try'/'commits.json').read_text()) == {'0': o['commit'], '1': o['commit']}
     done = bench(*args, '--epochs', 2)  # another training under the same name
-    assert done.returncode == 1 and '--epochs 1: give the result another name' in done.stderr
+    assert done.returncode == 2 and 'epochs is 2, but 1 in the sweep in' in done.stderr and 'a result of another name' in done.stderr
 
 
-def test_a_run_that_fails_is_named(tmp_path):
+def test_an_option_that_cannot_be_used_is_named(tmp_path):
     args = ['accuracy/accuracy.py', 'bad', '--seeds', 0, '--folder', tmp_path/'runs', '--out', tmp_path/'results', '--data', 'sample', '--bs', 'x']
     done = bench(*args)
-    assert done.returncode == 1 and "'x' is not a whole number" in done.stderr and not (tmp_path/'results').exists()
+    assert done.returncode == 2 and "'x' is not a whole number" in done.stderr and not (tmp_path/'results').exists()
 
 
 @pytest.mark.slow

@@ -30,7 +30,7 @@ def newest(script, what, **fields):
 
 def take(name, seed):
     "Put the weights of a run into the package, with what they are in the header"
-    run = root/'runs'/'accuracy'/name/f'seed-{seed}'
+    run = root/'runs'/'accuracy'/name/'runs'/f'seed={seed}'
     found, acc = open_run(run), newest('accuracy', name)
     recipe = asdict(found.recipe)
     if (acc['recipe'], int(seed) in acc['seeds']) != (recipe, True): sys.exit(f'{run} is not among the results of {name}')

@@ -1,14 +1,12 @@
-"""Trains a recipe from several seeds and appends one row: recipe, every epoch, mean and deviation.
+"""Trains a recipe from several seeds with s9_sweep and appends one row: recipe, every epoch, mean and deviation.
 
-Options that are not listed here are passed to s9_train, such as `--epochs 8` or `--held-out 5000`. A run that was killed
-is resumed when the script is started again, and a complete one is not repeated: run folders are in `runs/accuracy`,
-each beside a .json with its options and its commit. Other options need another name.
+Options that are not listed here are passed to s9_sweep, such as `--epochs 8` or `--held-out 5000`. Started again, the
+script resumes runs that were stopped and repeats none. The sweep is in `runs/accuracy`, in a folder of that name, with
+the commit of each run in commits.json. Other options need another name.
 """
 import json
 import os
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
 from statistics import mean, stdev
@@ -16,8 +14,10 @@ from statistics import mean, stdev
 import pandas as pd
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from common import check, command, curves, facts, git_commit, jobs_option, options, root, save, seeds_option
+from common import check, curves, facts, git_commit, jobs_option, options, root, save, seeds_option
 from robustness import recognised
+from s9_fastai.app.command import RunFailed
+from s9_fastai.app.sweep import s9_sweep, sweep_parser, sweep_results
 from s9_fastai.cifar.load import load_cifar
 from s9_fastai.data.loader import hold_out
 from s9_fastai.app.recipe import Recipe
@@ -34,30 +34,25 @@ def history(folder):
     return pd.read_csv(path) if path.is_file() else pd.DataFrame({'epoch': []})
 
 
-def is_complete(folder):
-    return (folder/'weights.safetensors').is_file() and len(history(folder)) == saved(folder)['epochs']
+def run_folder(folder, seed): return folder/'runs'/f'seed={seed}'
 
 
-def begin(folder, args):
-    "The options and the commit of the run in `folder`; those of now where there is no run yet"
-    path = folder.with_suffix('.json')
-    if not (folder/'recipe.json').is_file():
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(dict(args=[*map(str, args)], commit=git_commit())), encoding='utf-8')
-    return json.loads(path.read_text(encoding='utf-8'))
+def commits(folder, seeds):
+    "The commit of each run of the sweep in `folder`, by seed; that of now for a run that is still to begin"
+    path, now = folder/'commits.json', git_commit()
+    found = json.loads(path.read_text(encoding='utf-8')) if path.is_file() else {}
+    return found | {str(s): now for s in seeds if not (run_folder(folder, s)/'recipe.json').is_file()}
 
 
-def train(folder, args):
-    "One run, started or resumed: None, or the last line of its output when it failed"
-    there, begun = (folder/'recipe.json').is_file(), begin(folder, args)['args']
-    if begun != [*map(str, args)]: return f'{folder} was started with {" ".join(begun)}: give the result another name'
-    if is_complete(folder): return None
-    more = ['--resume', folder] if there else ['--out', folder, *args]
-    with open(folder.with_suffix('.txt'), 'a', encoding='utf-8') as f:
-        done = subprocess.run(command(*more), stdout=f, stderr=subprocess.STDOUT)
-    if not done.returncode: return None
-    said = folder.with_suffix('.txt').read_text(encoding='utf-8').strip().splitlines()
-    return f'exit code {done.returncode}: {said[-1] if said else "no output"}'
+def train(folder, args, rest):
+    "Train what is missing of the sweep in `folder`; a ValueError for options that cannot be used"
+    own = {k: v for k, v in vars(sweep_parser().parse_args(rest)).items() if v not in (None, False)}
+    if wrong := own.keys() & {'grid', 'random', 'optuna', 'out'}: raise ValueError(f'--{min(wrong)} is not for this script: leave it out')
+    begun, own = commits(folder, args.seeds), own | dict(jobs=args.jobs, seeds=','.join(map(str, args.seeds)))
+    try: s9_sweep(out=folder, **own)
+    except RunFailed as e: print(e, file=sys.stderr)  # the others are complete
+    finally:
+        if folder.is_dir(): (folder/'commits.json').write_text(json.dumps(begun, indent=2), encoding='utf-8')
 
 
 def seconds(times):
@@ -76,12 +71,11 @@ def mirrored(folder):
     return 100*float(recognised(FlipTTA(run.net()[0]), images, labels).mean())
 
 
-def line(what, folders, failed, jobs):
-    "The result of the complete runs in `folders`, a dict by seed"
+def line(what, folders, failed, jobs, begun):
+    "The result of the complete runs in `folders`, a dict by seed; `begun` has their commits"
     dfs = {seed: history(f) for seed, f in folders.items()}
     abouts = [saved(f) for f in folders.values()]
-    recipe, *others = [{f.name: o[f.name] for f in fields(Recipe) if f.name in o} for o in abouts]
-    if any(o != recipe for o in others): sys.exit(f'the runs of {what} have different recipes: take another name')
+    recipe = {f.name: abouts[0][f.name] for f in fields(Recipe) if f.name in abouts[0]}
     values = [100*df.valid_accuracy.iloc[-1] for df in dfs.values()]
     images = 'held-out images' if recipe.get('held_out') else 'test images'
     return dict(
@@ -90,7 +84,7 @@ def line(what, folders, failed, jobs):
         mirrored=[mirrored(f) for f in folders.values()], seeds=[*dfs], recipe=recipe,
         autocast_dtype=abouts[0]['autocast_dtype'], epochs=recipe['epochs'], failed=failed, runs_at_once=jobs,
         seconds=[seconds(df.time) for df in dfs.values()], histories={s: curves(df) for s, df in dfs.items()},
-        **{**facts(), 'commit': ', '.join(sorted({begin(f, ())['commit'] for f in folders.values()}))})
+        **{**facts(), 'commit': ', '.join(sorted({begun.get(str(s), 'unknown') for s in folders}))})
 
 
 def parser():
@@ -107,14 +101,14 @@ def main():
     args, rest = p.parse_known_args()
     check(p, args)
     os.environ['OMP_NUM_THREADS'] = str(args.threads)
-    folders = {seed: args.folder/args.name/f'seed-{seed}' for seed in args.seeds}
-    with ThreadPoolExecutor(args.jobs) as pool:
-        said = [*pool.map(lambda s: train(folders[s], ['--seed', s, *rest]), folders)]
-    failed = {seed: o for seed, o in zip(folders, said) if o}
-    for seed, o in failed.items(): print(f'seed {seed}: {o}', file=sys.stderr)
-    folders = {s: f for s, f in folders.items() if s not in failed}
+    folder = args.folder/args.name
+    try: train(folder, args, rest)
+    except (ValueError, OSError) as e: p.error(f'{e}; a result of another name has a folder of its own')
+    results = {o.seed: o for o in sweep_results(folder) if o.seed in args.seeds}
+    failed = {seed: o.error or o.state for seed, o in results.items() if o.state != 'done'}
+    folders = {seed: run_folder(folder, seed) for seed in args.seeds if seed not in failed}
     if not folders: sys.exit('no run is complete')
-    o = line(args.name, folders, failed, args.jobs)
+    o = line(args.name, folders, failed, args.jobs, commits(folder, args.seeds))
     save([o], args.out)
     spread = '' if o['std'] is None else f', standard deviation {o["std"]:.2f}'
     print(f'{o["what"]}: {o["mean"]:.2f}% (n = {o["n"]}{spread}), {o["measure"]}')

@@ -207,7 +207,7 @@ def parsed_options(
         if args.pop(k) not in (None, False): parser.error(f'unrecognized arguments: --{k}')
     for k, v in args.items():  # `--out=--` is the empty list for some versions of argparse
         name = f'--{k.replace("_", "-")}'
-        if isinstance(v, list) and name in parser._option_string_actions:
+        if isinstance(v, list) and (not v or [] in v) and name in parser._option_string_actions:
             parser.error(f'argument {name}: expected one argument')
     return args
 
@@ -248,7 +248,7 @@ def errors_in_one_line(
     except (Exception, KeyboardInterrupt) as e:
         if os.environ.get('S9_TRACEBACK'): traceback.print_exception(e)
         code, msg = exit_code(e)
-        if not speaks(e): raise SystemExit(code)
+        if not speaks(e): raise SystemExit(code) from e
         try: complain(prog, f'the output cannot be written: {msg}' if output_error() else msg, code)
         finally:
             if output_error(): drop_output()

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['open_streams', 'Terminal', 'open_terminals', 'stop_import', 'start', 'train', 'summary', 'predict', 'evaluate',
-           'report', 'compare', 'export']
+           'report', 'compare', 'export', 'sweep']
 
 # %% ../../nbs/70_app.entry.ipynb #e867def6
 import errno, io, os, signal, sys
@@ -108,3 +108,8 @@ def compare():
 def export():
     "The command `s9_export`"
     start('s9_export', 'export', 'main_export')
+
+# %% ../../nbs/70_app.entry.ipynb #6d52010a
+def sweep():
+    "The command `s9_sweep`"
+    start('s9_sweep', 'sweep', 'main_sweep')

@@ -85,8 +85,9 @@ def _make(path, own):
             if not (own and new.exists()): raise
         else: return new
 
-# files that a run leaves if it is killed before it writes recipe.json
-_traces = re.compile(r'checkpoints(/lock)?|(\.\d+-)?(\.writable|teacher\.safetensors|split\.csv)|\.\d+-recipe\.json')
+# files that a run leaves if it is killed before it writes recipe.json, and those of a sweep
+_traces = re.compile(r'checkpoints(/lock)?|(\.\d+-)?(\.writable|teacher\.safetensors|split\.csv)|\.\d+-recipe\.json'
+                     r'|(\.\d+-)?sweep\.(lock|log|failed|pruned)')
 
 def _is_unused(path): return all(_traces.fullmatch(p.relative_to(path).as_posix()) for p in path.rglob('*'))
 
