@@ -21,6 +21,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        's9_fastai.app.command._add_values': ('app.command.html#_add_values', 's9_fastai/app/command.py'),
                                        's9_fastai.app.command._parsed': ('app.command.html#_parsed', 's9_fastai/app/command.py'),
                                        's9_fastai.app.command._text': ('app.command.html#_text', 's9_fastai/app/command.py'),
+                                       's9_fastai.app.command._warn': ('app.command.html#_warn', 's9_fastai/app/command.py'),
                                        's9_fastai.app.command.command_parser': ( 'app.command.html#command_parser',
                                                                                  's9_fastai/app/command.py'),
                                        's9_fastai.app.command.complain': ('app.command.html#complain', 's9_fastai/app/command.py'),

@@ -6,7 +6,7 @@
 __all__ = ['process_group', 'same_loaders']
 
 # %% ../../nbs/59_training.distributed.ipynb #c1e3a0d4
-import os, signal, threading
+import os, signal, threading, warnings
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
 
@@ -97,5 +97,8 @@ def distributed(self:Learner,
             same_loaders(self.dls)
             if sync_norm: stack.enter_context(synced_norms(self.model))
             stack.enter_context(self.added_cbs([RankMetrics(), DataParallel(**kwargs)]))
+            # a notice of torch about 1x1 convolutions in channels_last, whose gradients have other strides
+            stack.enter_context(warnings.catch_warnings())
+            warnings.filterwarnings('ignore', message='Grad strides do not match')
             if this_rank(): stack.enter_context(self.no_bar()), stack.enter_context(self.no_logging())
         yield self

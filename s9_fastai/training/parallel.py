@@ -7,6 +7,7 @@ __all__ = ['check_shared', 'signal_flags', 'settle', 'RankMetrics', 'DataParalle
 
 # %% ../../nbs/58_training.parallel.ipynb #38adead5
 import signal
+from inspect import signature
 from typing import Any
 
 import torch, torch.distributed as dist
@@ -152,11 +153,15 @@ def after_validate(self:RankMetrics):
     elif isinstance(self.dl, KeyedDL): self.dl.share, self.aside = self.aside, None
 
 # %% ../../nbs/58_training.parallel.ipynb #4f624076
+# torch 2.14 has another name for it
+_names = {'forward_sync_buffers', 'broadcast_buffers'} & signature(DistributedDataParallel).parameters.keys()
+_buffers:dict[str, Any] = {max(_names): False}
+
 class _Wrapped(DistributedDataParallel):
     "The model of `learn` as torch's data parallel; puts the model back and brings its statistics together"
     def __init__(self, learn, **kwargs):
         ids = None if learn.dls.device.type == 'cpu' else [learn.dls.device]
-        super().__init__(learn.model, device_ids=ids, broadcast_buffers=False, **kwargs)
+        super().__init__(learn.model, device_ids=ids, **_buffers, **kwargs)
         self.learner = learn
 
     def forward(self, *args, **kwargs):
