@@ -41,11 +41,14 @@ def _whole_stats(x, ref):
 # %% ../../nbs/51_training.sync_norm.ipynb #700bcb74
 class SyncedNorm(nn.modules.batchnorm._BatchNorm):
     "Batch norm by the statistics of all processes in training; else that of its second base class"
+    is_alone = True  # does each process have the present batch whole?
+
     def _get_name(self): return type(self).__mro__[2].__name__
 
     def is_synced(self):
         "Does this pass take the statistics of all processes?"
-        return self.training and n_ranks() > 1 and self.track_running_stats and self.momentum is not None
+        is_shared = n_ranks() > 1 and not SyncedNorm.is_alone
+        return self.training and is_shared and self.track_running_stats and self.momentum is not None
 
     def forward(self, x):
         if not self.is_synced(): return super().forward(x)
