@@ -1,5 +1,6 @@
 """What the processes of test_parallel.py run: `parallel.py FOLDER CASE...` writes FOLDER/CASE.RANK.safetensors, the weights, buffers and recorded
 values of a small fit in float64. Without a launcher's variables it is one process, the reference"""
+import multiprocessing
 import os
 import signal
 import sys
@@ -373,7 +374,7 @@ def in_block(learn):
 
 @case
 def script():
-    learn = train(around=in_block, metrics=[accuracy, MeanRecall()], path=folder/f'script{this_rank()}')
+    learn = train(around=in_block, metrics=[accuracy, MeanRecall()], path=folder/'script')
     rows = torch.cat([learn.rows, numbers([learn.validate()])])
     return dict(state(learn), rows=rows, preds=learn.preds, after=torch.cat([o.double().flatten() for o in learn.get_preds()]))
 
@@ -382,16 +383,13 @@ class Broken(Exception): pass
 
 
 class At(Callback):
-    "Does `what` before or after a batch"
-    def __init__(self, what, epoch, batch, part='train', order=2500):
-        self.what, self.place, self.order, self.part, self.done = what, (epoch, batch), order, part == 'train', False
+    "Does something after a batch; `plan` is what, epoch, batch and part, and no setting"
+    order, plan = 2500, None
     def after_batch(self):
-        if self.done or self.training != self.part or (self.epoch, self.iter) != self.place or self.learn.lock.locked(): return
-        self.done = True
-        self.what()
+        if At.plan and not self.learn.lock.locked() and At.plan[1:] == (self.epoch, self.iter, 'train' if self.training else 'valid'): At.plan[0]()
 
 
-def break_off(): raise Broken
+def break_off(): raise Broken('off')
 def stop_one():
     if this_rank() == n_ranks() - 1: os.kill(os.getpid(), signal.SIGTERM)
 
@@ -399,14 +397,15 @@ def stop_one():
 def run_dir(name): return folder/name if this_rank() == 0 else folder/f'{name}_of_another'
 
 
-def checkpointed(name, *cbs, epochs=3):
+def checkpointed(name, *plan, epochs=3):
     "A fit with all that is drawn, that goes on where it was broken off; what ended it, and its state"
     set_seed(1)
     dls = array_loaders('reference', 'batch')
     torch.manual_seed(2)
     learn = quiet(Learner(dls, net(nn.BatchNorm2d(8), drop=0.5), lr=0.05, opt_func=FastSGD, metrics=[accuracy, MeanRecall()], loss_func=CrossEntropyLossFlat()))
     learn.remove_cb(learn.recorder)
-    learn.add_cbs([EpochRecorder(), EMA(0.2), RunLog(run_dir(name)), Checkpoint(run_dir(name), every=2), *cbs])
+    learn.add_cbs([EpochRecorder(), EMA(0.2), RunLog(run_dir(name)), Checkpoint(run_dir(name), every=2), At()])
+    At.plan = plan
     if n_ranks() == 1:
         for dl in dls.loaders: make_keyed(dl)
     how = ''
@@ -417,9 +416,9 @@ def checkpointed(name, *cbs, epochs=3):
     return how, state(learn)
 
 
-def resumed(name, *cbs):
-    "A fit that `cbs` break off, one after the other, and its end"
-    hows = [checkpointed(name, cb)[0] for cb in cbs]
+def resumed(name, *plans):
+    "A fit that `plans` break off, one after the other, and its end"
+    hows = [checkpointed(name, *plan)[0] for plan in plans]
     how, end = checkpointed(name)
     (folder/f'{name}.{this_rank()}.txt').write_text('\n'.join([*hows, how]))
     return end
@@ -428,9 +427,9 @@ def resumed(name, *cbs):
 @case
 def run_whole(): return resumed('whole')
 @case
-def run_broken(): return resumed('broken', At(break_off, 0, 2), At(break_off, 1, 2), At(break_off, 1, 1, 'valid'), At(break_off, 2, 3))
+def run_broken(): return resumed('broken', (break_off, 0, 2, 'train'), (break_off, 1, 2, 'train'), (break_off, 1, 1, 'valid'), (break_off, 2, 3, 'train'))
 @case
-def run_stopped(): return resumed('stopped', At(stop_one, 0, 1, order=-50), At(stop_one, 1, 0, 'valid', order=-50), At(stop_one, 1, 3, order=-50))
+def run_stopped(): return resumed('stopped', (stop_one, 0, 1, 'train'), (stop_one, 0, 1, 'valid'), (stop_one, 1, 0, 'valid'), (stop_one, 2, 2, 'train'))
 
 
 def damage():
@@ -440,11 +439,11 @@ def damage():
 
 
 @case
-def run_damaged(): return resumed('damaged', At(damage, 1, 2))
+def run_damaged(): return resumed('damaged', (damage, 1, 2, 'train'))
 @case
 def run_left():
     "Broken off in the middle of an epoch, for another number of processes"
-    return checkpointed('left', At(break_off, 1, 2))[1]
+    return checkpointed('left', break_off, 1, 2, 'train')[1]
 @case
 def run_taken_up(): return checkpointed('left')[1]
 
@@ -457,7 +456,8 @@ def lose(how):
         if this_rank() == 0: return
         if how == 'raise': raise Broken('no more')
         os.kill(os.getpid(), dict(kill=signal.SIGKILL, stop=signal.SIGSTOP)[how])
-    learn = quiet(Learner(array_loaders(), net(), lr=0.05, loss_func=CrossEntropyLossFlat(), cbs=[At(leave, 0, 1)]))
+    At.plan = leave, 0, 1, 'train'
+    learn = quiet(Learner(array_loaders(), net(), lr=0.05, loss_func=CrossEntropyLossFlat(), cbs=At()))
     try:
         with learn.distributed(command='start again'): learn.fit(100)
     except watch.RankLost as e: print('RankLost', e, flush=True)
@@ -477,5 +477,6 @@ def out(o): return o if isinstance(o, dict) else state(o)
 
 
 if __name__ == '__main__':
+    multiprocessing.set_start_method('fork', force=True)  # of the workers
     folder = Path(sys.argv[1])
     main(sys.argv[2:] or [*cases])

@@ -12,7 +12,8 @@ from tempfile import TemporaryDirectory
 bin = Path(sys.executable).parent  # with the commands of the package
 server = multiprocessing.get_context('forkserver')
 # of others only: the package itself is imported anew in each process
-server.set_forkserver_preload(['torch', 'torchvision', 'pandas', 'matplotlib.pyplot', 'albumentations', 'fastai.learner', 'fastai.vision.learner'])
+preloaded = ['torch', 'torchvision', 'pandas', 'matplotlib.pyplot', 'albumentations', 'fastai.learner', 'fastai.vision.learner']
+server.set_forkserver_preload(preloaded)
 
 
 def main(path, args, cwd, env, out, err):

@@ -9,6 +9,9 @@ __all__ = ['process_group']
 import os, signal, threading
 from contextlib import ExitStack, contextmanager
 from datetime import timedelta
+from functools import cache
+from itertools import count
+from textwrap import shorten
 
 import fastai.learner, fastai.torch_core
 import torch, torch.distributed as dist
@@ -25,6 +28,9 @@ from .sync_norm import synced_norms
 from .watch import Watch
 
 # %% ../../nbs/59_training.distributed.ipynb #c78532fb
+@cache
+def _meeting(): return next(dist.rendezvous('env://', timeout=timedelta(hours=1))), count()
+
 @contextmanager
 def process_group():
     "torch's process group of the launcher in the block, unless there is one already"
@@ -33,7 +39,9 @@ def process_group():
         return
     if torch.cuda.is_available(): torch.cuda.set_device(int(os.environ.get('LOCAL_RANK', 0)))
     kind = 'cpu:gloo,cuda:nccl' if torch.cuda.is_available() else 'gloo'
-    dist.init_process_group(kind, timeout=timedelta(hours=1))
+    (store, rank, size), blocks = _meeting()
+    store = dist.PrefixStore(f's9_fastai/block/{next(blocks)}', store)
+    dist.init_process_group(kind, store=store, rank=rank, world_size=size, timeout=timedelta(hours=1))
     try: yield
     finally: dist.destroy_process_group()
 
@@ -78,6 +86,8 @@ def _term_held():
     try: yield
     finally: signal.signal(signal.SIGTERM, signal.SIG_DFL if before is None else before)
 
+def _why(e): return shorten(f'{type(e).__name__}: {e}', 300)
+
 @contextmanager
 def _watched(command):
     "Name the process that is gone, in place of the error of the process group"
@@ -85,11 +95,11 @@ def _watched(command):
     try: yield
     except RuntimeError as e:
         with _term_held(): lost = watch.verdict()
-        watch.leave('another process is gone' if lost else str(e).splitlines()[0])
+        watch.leave('another process is gone' if lost else _why(e))
         if lost is None: raise
         raise lost from e
     except BaseException as e:
-        watch.leave(f'{type(e).__name__}: {e}'.splitlines()[0])
+        watch.leave(_why(e))
         raise
     watch.leave()
 
