@@ -1,5 +1,6 @@
 """Fits on two and three processes, with gloo, end as those on one: weights, buffers, losses and metrics in float64. They go on after a signal or an
 error, to the bit, and end when one of them is gone"""
+import json
 import os
 import shutil
 import socket
@@ -13,6 +14,7 @@ import torch
 from fastai.data.core import TfmdDL
 from fastai.data.load import SkipItemException
 from fastai.learner import Metric
+from filelock import FileLock
 from torch.utils.data import IterableDataset
 
 import parallel
@@ -56,16 +58,30 @@ def end(group, folder, seconds=400):
     assert not any(c != 0 for c in codes), (codes, *((folder/f'err{r}.log').read_text()[-3000:] for r in range(len(group))))
 
 
-@pytest.fixture(scope='module')
-def results(tmp_path_factory):
-    "A function of a case and a number of processes: what each process has"
-    top = tmp_path_factory.mktemp('parallel')
+def once(factory, name, make):
+    "The folder that `make` fills; by one of pytest's workers, and all of them read it"
+    base = factory.getbasetemp()
+    top = (base.parent if 'PYTEST_XDIST_WORKER' in os.environ else base)/name
+    with FileLock(f'{top}.lock'):
+        if not top.exists():
+            top.mkdir()
+            make(top)
+    return top
+
+
+def run_all(top):
     jobs = {1: [*alike, 'script'], 2: [*alike, 'mixup', 'norm_apart', 'dropout', 'dropout_again', *runs, 'script'], 3: [*of_three, 'script']}
     groups = {n: start(n, top/str(n), *names) for n, names in jobs.items()}
     try:
         for n, group in groups.items(): end(group, top/str(n))
     finally:
         for p in sum(groups.values(), []): p.kill()
+
+
+@pytest.fixture(scope='module')
+def results(tmp_path_factory):
+    "A function of a case and a number of processes: what each process has"
+    top = once(tmp_path_factory, 'parallel', run_all)
     def read(name, n): return [read_tensors(top/str(n)/f'{name}.{r}.safetensors')[0] for r in range(n)]
     read.top = top
     return read
@@ -147,15 +163,18 @@ def test_another_number_of_processes(results, tmp_path):
 
 # Processes that are gone
 
+def lose_all(top):
+    groups = {how: start(2, top/how, 'lose', how) for how in ('kill', 'raise', 'stop')}
+    for first, _ in groups.values(): first.join(120)
+    (top/'codes.json').write_text(json.dumps({how: first.exitcode for how, (first, _) in groups.items()}))
+    for p in sum(groups.values(), []): p.kill()
+
+
 @pytest.fixture(scope='module')
 def lost(tmp_path_factory):
     "A function of how rank 1 went: exit code, output and errors of rank 0"
-    top = tmp_path_factory.mktemp('lost')
-    groups = {how: start(2, top/how, 'lose', how) for how in ('kill', 'raise', 'stop')}
-    for first, _ in groups.values(): first.join(120)
-    codes = {how: first.exitcode for how, (first, _) in groups.items()}
-    for group in groups.values():
-        for p in group: p.kill()
+    top = once(tmp_path_factory, 'lost', lose_all)
+    codes = json.loads((top/'codes.json').read_text())
     return lambda how: (codes[how], *((top/how/f'{nm}0.log').read_text() for nm in ('out', 'err')))
 
 

@@ -7,7 +7,7 @@ __all__ = ['needs_predictions', 'add_up', 'SeenBatches', 'all_batches', 'see_all
 
 # %% ../../nbs/55_training.collect.ipynb #40b30fba
 import safetensors.torch, torch
-from fastai.learner import AvgLoss, AvgMetric, AvgSmoothLoss, Metric, ValueMetric
+from fastai.learner import AvgLoss, AvgMetric, AvgSmoothLoss, Metric
 from fastai.torch_core import TensorBase
 from fastcore.basics import GetAttr
 
