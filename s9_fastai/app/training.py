@@ -99,7 +99,7 @@ def fixed_settings(
     options:RunOptions, # Of the run
 )->dict: # For `Checkpoint.fixed`
     "The options on which the result depends, and which cannot be changed by force"
-    return dict(seed=options.seed, sync_norm=options.sync_norm)
+    return dict(seed=options.seed, **(dict(sync_norm=True) if options.sync_norm else {}))
 
 # %% ../../nbs/78_app.training.ipynb #9f871665
 def restarted_run()->str|None: # None in a first start, and where the run had no folder yet
