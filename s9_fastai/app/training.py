@@ -37,6 +37,7 @@ from ..core.text import show_bars, shown
 from ..report.outputs import outputs_of
 from ..resume.saved import ResumeError, newest_checkpoint
 from ..training.distill import TeacherLogits, check_logits, check_teacher
+from ..training import distributed  # noqa: F401 (it gives every Learner its method of that name)
 from ..training.watch import leave_note, read_note
 
 # %% ../../nbs/78_app.training.ipynb #d91b55f8
