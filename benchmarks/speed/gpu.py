@@ -242,7 +242,9 @@ def epochs(args, data, deadline):
     try: interleave(methods, args.repeats, deadline)
     finally: lines = save_now([o for m in methods for o in m.lines()], args.out)
     for unit, measure in (('s', 'epoch'), ('images/s', 'training')):
-        if rows := [o for o in lines if o['measure'] == measure and o['unit'] == unit]: show(rows, METHODS['stated'][0])
+        rows = [o for o in lines if o['measure'] == measure and o['unit'] == unit]
+        if unit == 's': rows = [o for o in rows if o['settings']['images'] == len(data.train.labels)]  # the same work
+        if rows: show(rows, METHODS['stated'][0])
     return lines
 
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['CudaGraphs']
 
-# %% ../../nbs/52_training.graphs.ipynb #e882ddef
+# %% ../../nbs/52_training.graphs.ipynb #cde9b710
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from torch import nn
 from ..core.events import in_fit
 from .fast import Autocast, autocast_dtype
 
-# %% ../../nbs/52_training.graphs.ipynb #0f4808b1
+# %% ../../nbs/52_training.graphs.ipynb #efbb5d7f
 class _InDtype(nn.Module):
     "`model` in autocast to `dtype`, or as it is for float32"
     def __init__(self, model, dtype):
@@ -30,7 +30,7 @@ class _InDtype(nn.Module):
         with torch.autocast(x.device.type, self.dtype, enabled=self.dtype != torch.float32, cache_enabled=False):
             return self.model(x)
 
-# %% ../../nbs/52_training.graphs.ipynb #40c07a0e
+# %% ../../nbs/52_training.graphs.ipynb #f5616681
 def _capture(
     model, # On a CUDA device, in training mode
     xb, # A batch, plain
@@ -44,7 +44,7 @@ def _capture(
     torch.cuda.set_rng_state(state, xb.device)
     return graphed
 
-# %% ../../nbs/52_training.graphs.ipynb #782f8330
+# %% ../../nbs/52_training.graphs.ipynb #0b4e0ab2
 class CudaGraphs(Callback):
     "Full training batches by CUDA graphs; the partial one and the validation as without"
     order = Autocast.order + 1  # its wrapper is replaced by one that does the same in the graph
@@ -73,7 +73,7 @@ class CudaGraphs(Callback):
 
     def __getstate__(self): return {k: v for k, v in Callback.__getstate__(self).items() if k not in self.not_saved}
 
-# %% ../../nbs/52_training.graphs.ipynb #702c77a9
+# %% ../../nbs/52_training.graphs.ipynb #ed4789d9
 @patch
 def takes(self:CudaGraphs):
     "Can this batch go through the graph?"
@@ -94,7 +94,7 @@ def before_batch(self:CudaGraphs):
     self.was = vars(self.model).get('forward')
     self.model.forward = self.forward
 
-# %% ../../nbs/52_training.graphs.ipynb #6fd5f92a
+# %% ../../nbs/52_training.graphs.ipynb #6aa12c86
 @patch
 def restore(self:CudaGraphs):  # noqa: F811 (of another class)
     "Give the model its own `forward` back"
@@ -114,7 +114,7 @@ def after_batch(self:CudaGraphs):  # noqa: F811 (of another class)
     "Give the model its own `forward` back"
     self.restore()
 
-# %% ../../nbs/52_training.graphs.ipynb #c79ae201
+# %% ../../nbs/52_training.graphs.ipynb #4f763ed5
 @patch
 def to_graphs(self:Learner):
     "Train full batches by CUDA graphs; ValueError where the loaders are on another device"
@@ -124,7 +124,7 @@ def to_graphs(self:Learner):
                          'with device="cuda"')
     return self if self._grab_cbs(CudaGraphs) else self.add_cb(CudaGraphs())
 
-# %% ../../nbs/52_training.graphs.ipynb #827b5b5f
+# %% ../../nbs/52_training.graphs.ipynb #149358a9
 @patch
 def to_eager(self:Learner):
     "Undo `to_graphs`"
