@@ -55,12 +55,19 @@ def waits_again():
     if torch.cuda.is_available(): torch.cuda.set_sync_debug_mode('default')
 
 
+class Stop(Callback):
+    "Ends the process after the first epoch, once it is saved"
+    order, not_saved = 2000, ('is_on',)
+    def __init__(self, is_on): self.is_on = is_on
+    def after_epoch(self):
+        if self.is_on: raise KeyboardInterrupt
+
+
 class OnDevice:
     "Batches that are there already, in the place of a loader"
     def __init__(self, dl): self.batches, self.bs, self.n, self.device = [*dl], dl.bs, dl.n, dl.device
     def __iter__(self): return iter(self.batches)
     def __len__(self): return len(self.batches)
-    def to_detach(self, b, **kwargs): return b.detach().cpu()
 
 
 # ---- what is checked on a CPU
@@ -194,26 +201,19 @@ def test_a_nan_is_found_by_the_end_of_the_epoch():
 @needs_cuda
 @pytest.mark.cuda
 @pytest.mark.parametrize('graphs', [False, True])
-def test_a_resumed_run_is_equal(tmp_path, graphs):
-    "With deterministic kernels"
-    def run(folder, *epochs):
-        for n in epochs:
-            set_seed(0)
-            dls = cifar_dls('sample', bs=128, augment='batch', device='cuda', seed=0)
-            learn = quiet(s9_learner(dls, get_recipe('stated', augment='batch', dropout=0.), run_dir=tmp_path/folder))
-            if graphs: learn.to_graphs()
-            if n == 3: learn.fit(3)
-            else:
-                class Stop(Callback):
-                    order = 2000
-                    def after_epoch(self):
-                        if self.epoch == n - 1: raise KeyboardInterrupt
-                with pytest.raises(KeyboardInterrupt): learn.fit(3, cbs=Stop())
+def test_a_resumed_run_is_equal(tmp_path, graphs, monkeypatch):
+    "With deterministic kernels; a run that is stopped after its first epoch, and one that is not"
+    monkeypatch.setattr(torch.backends.cudnn, 'deterministic', True)
+    def run(folder, stop):
+        set_seed(0)
+        dls = cifar_dls('sample', bs=128, augment='batch', device='cuda', seed=0)
+        learn = quiet(s9_learner(dls, get_recipe('stated', augment='batch', dropout=0.), run_dir=tmp_path/folder, cbs=Stop(stop)))
+        if graphs: learn.to_graphs()
+        learn.fit(3)
         return weights(learn)
-    was = torch.backends.cudnn.deterministic
-    torch.backends.cudnn.deterministic = True
-    try: assert torch.equal(run('whole', 3), run('parts', 1, 3))
-    finally: torch.backends.cudnn.deterministic = was
+    whole = run('whole', False)
+    with pytest.raises(KeyboardInterrupt): run('parts', True)
+    assert torch.equal(run('parts', False), whole)
 
 
 @needs_cuda
