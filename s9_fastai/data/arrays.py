@@ -38,7 +38,7 @@ from .source import Source
 class ArrayDL(KeyedDL):
     "A `KeyedDL` that makes batches straight from the arrays of `array_block`, where nothing else was put in between"
     not_saved = ('numbers', 'on_device')  # of one epoch; of this machine
-    on_device:bool|None = None  # are images kept on the device, and batches made there? None: where it is CUDA and they fit
+    on_device:bool|None = None  # are batches made on the device? None: where it is CUDA and all images fit there
     ahead = 2**13  # images that are augmented together there
 
     def create_batches(self, samps):
@@ -108,7 +108,7 @@ def direct_batch(self:ArrayDL, chunk):
     label = TensorCategory(y) if y.ndim == 1 else TensorMultiCategory(y.float())
     return self.with_keys((x, label), places, nths)
 
-# %% ../../nbs/27_data.arrays.ipynb #739466bb
+# %% ../../nbs/27_data.arrays.ipynb #322811b3
 _on_device:dict = {}  # tensor by (id of an array, device), as long as the array is there
 
 def _placed(a, device):
@@ -124,7 +124,7 @@ def _fits(parts, device):
     if all((id(o.images), str(device)) in _on_device for o in parts): return True
     return sum(o.images.nbytes for o in parts) < torch.cuda.mem_get_info(device)[0]/4
 
-# %% ../../nbs/27_data.arrays.ipynb #225bcc34
+# %% ../../nbs/27_data.arrays.ipynb #8c92b043
 @patch
 def batch_augments(self:ArrayDL):
     "The `BatchAugment`s with which the transforms of the batch begin"
@@ -140,7 +140,7 @@ def makes_on_device(self:ArrayDL):
     if self.on_device is not None: return self.on_device
     return self.device is not None and self.device.type == 'cuda' and _fits(parts, self.device)
 
-# %% ../../nbs/27_data.arrays.ipynb #62f421d1
+# %% ../../nbs/27_data.arrays.ipynb #fcdb7952
 @patch
 def placed_items(self:ArrayDL, numbers):
     "Images (B, C, H, W) and labels of `numbers`, on the device"

@@ -36,7 +36,8 @@ class FiniteLoss(Callback):
     def check(self):
         "Read the losses since the last check; the error is about the first that is not finite"
         seen, self.losses = self.losses, []
-        values = torch.stack([loss for _, loss, _ in seen]).tolist() if len(seen) > 1 else [o.item() for _, o, _ in seen]
+        losses = [loss for _, loss, _ in seen]
+        values = torch.stack(losses).tolist() if len(losses) > 1 else [o.item() for o in losses]
         for (i, _, lr), loss in zip(seen, values):
             if math.isfinite(loss): continue
             at = f'{"training" if self.training else "validation"} batch {i + 1} of epoch {self.epoch + 1}'

@@ -40,7 +40,7 @@ def format_row(
     widths = [len(nm) if nm == 'epoch' else max(len(nm), 8) for nm in names]
     return '  '.join(f'{_cell(v, w):<{w}}' for v, w in zip(row, widths)).rstrip()
 
-# %% ../../nbs/56_training.record.ipynb #42f0e81b
+# %% ../../nbs/56_training.record.ipynb #a80cf0c3
 class _OnDevice(GetAttr):
     "A Learner whose `to_detach` leaves tensors where they are"
     _default = 'learn'
@@ -94,10 +94,20 @@ def _train_mets(self:EpochRecorder):
 
 @patch
 def after_train(self:EpochRecorder):
-    "Keep the means of the training, and read the losses of a GPU, all at once"
+    "Keep the means of the training"
     self.trained = self._train_mets[1:].map(_maybe_item)
+    self.read_losses()
+
+@patch
+def read_losses(self:EpochRecorder):
+    "Read the smoothed losses that are still on a GPU, all at once"
     late = [i for i, o in enumerate(self.losses) if o.device.type != 'cpu']
     if late: self.losses[late[0]:] = torch.stack(self.losses[late[0]:]).cpu().unbind()
+
+@patch
+def after_fit(self:EpochRecorder):
+    "As at the end of an epoch, for a fit that ends within one, such as that of `lr_find`"
+    self.read_losses()
 
 # %% ../../nbs/56_training.record.ipynb #4af06dc5
 @patch
