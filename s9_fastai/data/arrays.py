@@ -9,6 +9,7 @@ __all__ = ['MAX_WORKERS', 'ArrayDL', 'array_block', 'check_loading', 'array_dls'
 from inspect import signature
 from itertools import chain, islice, takewhile
 from numbers import Integral
+from typing import Any
 from weakref import finalize
 
 import numpy as np, torch
@@ -108,7 +109,7 @@ def direct_batch(self:ArrayDL, chunk):
     label = TensorCategory(y) if y.ndim == 1 else TensorMultiCategory(y.float())
     return self.with_keys((x, label), places, nths)
 
-# %% ../../nbs/27_data.arrays.ipynb #322811b3
+# %% ../../nbs/27_data.arrays.ipynb #3277695a
 _on_device:dict = {}  # tensor by (id of an array, device), as long as the array is there
 
 def _placed(a, device):
@@ -124,7 +125,7 @@ def _fits(parts, device):
     if all((id(o.images), str(device)) in _on_device for o in parts): return True
     return sum(o.images.nbytes for o in parts) < torch.cuda.mem_get_info(device)[0]/4
 
-# %% ../../nbs/27_data.arrays.ipynb #8c92b043
+# %% ../../nbs/27_data.arrays.ipynb #5df89232
 @patch
 def batch_augments(self:ArrayDL):
     "The `BatchAugment`s with which the transforms of the batch begin"
@@ -140,11 +141,13 @@ def makes_on_device(self:ArrayDL):
     if self.on_device is not None: return self.on_device
     return self.device is not None and self.device.type == 'cuda' and _fits(parts, self.device)
 
-# %% ../../nbs/27_data.arrays.ipynb #fcdb7952
+# %% ../../nbs/27_data.arrays.ipynb #7e74db1f
 @patch
 def placed_items(self:ArrayDL, numbers):
     "Images (B, C, H, W) and labels of `numbers`, on the device"
-    first, device, x, y = 0, self.device or torch.device('cpu'), None, None
+    first, device = 0, self.device or torch.device('cpu')
+    x:Any = None
+    y:Any = None
     for part in self.dataset.tls[0].tfms.fs[0].parts:
         at = np.flatnonzero((numbers >= first) & (numbers < first + len(part.labels)))
         if len(at):

@@ -67,8 +67,8 @@ class CudaGraphs(Callback):
     def before_train(self):
         "Record again where the weights have moved"
         if not in_fit(self.learn): return
-        now = [(p.data_ptr(), p.stride(), p.requires_grad) for p in self.model.parameters()]
-        now += [(b.data_ptr(),) for b in self.model.buffers()]
+        held = [*self.model.parameters(), *self.model.buffers()]
+        now = [(o.data_ptr(), o.stride(), o.requires_grad) for o in held]
         if now != self.places: self.graphed, self.places = None, now
 
     def __getstate__(self): return {k: v for k, v in Callback.__getstate__(self).items() if k not in self.not_saved}
