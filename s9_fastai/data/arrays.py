@@ -131,6 +131,7 @@ def batch_augments(self:ArrayDL):
     "The `BatchAugment`s with which the transforms of the batch begin"
     return [*takewhile(lambda t: isinstance(t, BatchAugment), _tfms(self.after_batch))]
 
+# %% ../../nbs/27_data.arrays.ipynb #319a778a
 @patch
 def makes_on_device(self:ArrayDL):
     "Are batches made on the device?"
@@ -160,6 +161,7 @@ def placed_items(self:ArrayDL, numbers):
         first += len(part.labels)
     return TensorImage(x.permute(0, 3, 1, 2)), _beside(x, y)
 
+# %% ../../nbs/27_data.arrays.ipynb #254009bd
 @patch
 def device_batches(self:ArrayDL, chunks):
     "Batches of `chunks`, an iterator of lists as for `direct_batch`; as equal as those are"

@@ -98,12 +98,14 @@ def after_train(self:EpochRecorder):
     self.trained = self._train_mets[1:].map(_maybe_item)
     self.read_losses()
 
+# %% ../../nbs/56_training.record.ipynb #060f3824
 @patch
 def read_losses(self:EpochRecorder):
     "Read the smoothed losses that are still on a GPU, all at once"
     late = [i for i, o in enumerate(self.losses) if o.device.type != 'cpu']
     if late: self.losses[late[0]:] = torch.stack(self.losses[late[0]:]).cpu().unbind()
 
+# %% ../../nbs/56_training.record.ipynb #7c19415e
 @patch
 def after_fit(self:EpochRecorder):
     "As at the end of an epoch, for a fit that ends within one, such as that of `lr_find`"
