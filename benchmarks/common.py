@@ -9,6 +9,7 @@ from datetime import datetime
 from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from shutil import which
 from statistics import median
 
 import torch
@@ -95,6 +96,7 @@ def busy_before():
 
 def git_commit():
     "The commit of this tree, with -dirty where anything but the results differs from it"
+    if not which('git'): return 'unknown'
     def git(*args): return subprocess.run(['git', '-C', root, *args], capture_output=True, text=True)
     head = git('rev-parse', 'HEAD')
     if head.returncode: return 'unknown'

@@ -58,6 +58,7 @@ from s9_fastai.cifar.readers import *
 from s9_fastai.cifar.loaders import *
 from s9_fastai.training.layers import *
 from s9_fastai.training.fast import *
+from s9_fastai.training.graphs import *
 from s9_fastai.training.schedule import *
 from s9_fastai.training.muon import *
 from s9_fastai.training.ema import *

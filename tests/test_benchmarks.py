@@ -1,8 +1,12 @@
 "The measuring scripts run; what they measure is not judged here"
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from processes import run
 
 folder = Path(__file__).resolve().parent.parent/'benchmarks'
@@ -64,6 +68,23 @@ def test_a_run_prints_a_table_and_appends_lines(tmp_path):
 def test_without_data_it_says_so():
     done = bench('speed/epochs.py', S9_CIFAR10='')
     assert done.returncode == 2 and 'S9_CIFAR10' in done.stderr.splitlines()[-1] and done.stdout == ''
+
+
+def test_without_a_gpu_it_says_so():
+    if torch.cuda.is_available(): pytest.skip('there is a GPU')
+    done = bench('speed/gpu.py')
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith('gpu.py: no CUDA on this machine: run it where there is a GPU')
+    done = subprocess.run([folder.parent/'tools'/'gpu_check.sh'], capture_output=True, text=True, env={**os.environ, 'PYTHON': sys.executable})
+    assert done.returncode == 2 and len(done.stdout.splitlines()) == 1 and 'gpu_check: no CUDA' in done.stdout
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_runs_on_a_cpu(tmp_path):
+    done = bench('speed/gpu.py', *'--device cpu --quick --seconds 400 --out'.split(), tmp_path)
+    assert done.returncode == 0 and 'curves of recipe stated: the largest of 3 differences' in done.stdout and 'left out' in done.stdout, done.stderr
+    lines = [json.loads(o) for o in (tmp_path/'gpu.jsonl').read_text().splitlines()]
+    assert not [o for o in lines if o['measure'] == 'failed']
+    assert {o['settings']['method'] for o in lines if 'method' in o['settings']} == {'stated', 'fast', 'fastai', 'pytorch', 'bare', 'airbench', 'airbench-1024'}
 
 
 @pytest.mark.slow

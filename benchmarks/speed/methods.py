@@ -252,7 +252,7 @@ def fixed_batch(bs, memory_format=torch.channels_last):
 def bare_epoch(model, opt, xb, yb, steps, dtype):
     "`steps` training steps on one batch, the model in `dtype`: forward, loss, backward, optimizer, and nothing else"
     for _ in range(steps):
-        with torch.autocast('cpu', torch.bfloat16, enabled=dtype == torch.bfloat16): out = model(xb)
+        with torch.autocast(xb.device.type, torch.bfloat16, enabled=dtype == torch.bfloat16): out = model(xb)
         F.cross_entropy(out.float(), yb).backward()
         opt.step()
         opt.zero_grad()

@@ -77,6 +77,7 @@ class BatchAugment(KeyedTransform, Transform):
     def __call__(self, x, split_idx=None, **kwargs):
         if split_idx != 0: return x
         xb, *yb = x if isinstance(x, tuple) and x else (x,)
+        if getattr(xb, 'is_augmented', False): return x  # by `ArrayDL`, many batches at once
         moving = [type(op).__name__ for op in self.ops if op.moves and op.p*self.p]
         check_targets('BatchAugment', [*dict.fromkeys(moving)], [y for y in yb if not _are_masks(y)], ndim=3)
         self._check_images(xb)

@@ -25,7 +25,8 @@ def _words(x):
 # %% ../../nbs/11_augment.batch_ops.ipynb #c1316e2a
 def _beside(x, a, dtype=None):
     "The array `a` as a tensor on the device of `x`"
-    return torch.from_numpy(a if dtype is None else a.astype(dtype)).to(x.device)
+    a = torch.from_numpy(a if dtype is None else a.astype(dtype))
+    return a.to(x.device, non_blocking=x.device.type == 'cuda')  # numbers are copied before it returns, without a wait
 
 # %% ../../nbs/11_augment.batch_ops.ipynb #28d020b4
 def _colour(fill, c):

@@ -7,7 +7,10 @@ __all__ = ['MAX_WORKERS', 'ArrayDL', 'array_block', 'check_loading', 'array_dls'
 
 # %% ../../nbs/27_data.arrays.ipynb #3fa58843
 from inspect import signature
+from itertools import chain, islice, takewhile
 from numbers import Integral
+from typing import Any
+from weakref import finalize
 
 import numpy as np, torch
 from annotated_types import Interval
@@ -24,6 +27,7 @@ from ..core.checks import COUNT, check_number
 from ..core.environment import get_device
 from ..augment.item import AlbumentationsTransform
 from ..augment.batch import BatchAugment
+from ..augment.batch_ops import _beside
 from ..augment.keyed import KeyedDL
 from ..augment.keys import item_seed, under_key
 from ..augment.policies import augmentation
@@ -34,14 +38,17 @@ from .source import Source
 # %% ../../nbs/27_data.arrays.ipynb #8fc10045
 class ArrayDL(KeyedDL):
     "A `KeyedDL` that makes batches straight from the arrays of `array_block`, where nothing else was put in between"
-    not_saved = ('numbers',)  # of one epoch
+    not_saved = ('numbers', 'on_device')  # of one epoch; of this machine
+    on_device:bool|None = None  # are batches made on the device? None: where it is CUDA and all images fit there
+    ahead = 2**13  # images that are augmented together there
 
     def create_batches(self, samps):
         "Batches of the places `samps`: by `direct_batch` where that is possible, else by fastai"
         if not self.is_direct(): return super().create_batches(samps)
         self.numbers = np.array(self.dataset.items)  # of the images in both splits
         counted = ((s, self.nth) for s in samps)  # `sample` counts as it goes
-        return map(self.direct_batch, self.chunkify(counted))
+        chunks = iter(self.chunkify(counted))
+        return self.device_batches(chunks) if self.makes_on_device() else map(self.direct_batch, chunks)
 
 # %% ../../nbs/27_data.arrays.ipynb #84ffdac6
 def _tfms(pipe): return getattr(pipe, 'fs', [pipe])  # a `Pipeline`, or any function in its place
@@ -101,6 +108,73 @@ def direct_batch(self:ArrayDL, chunk):
     y = torch.from_numpy(y)
     label = TensorCategory(y) if y.ndim == 1 else TensorMultiCategory(y.float())
     return self.with_keys((x, label), places, nths)
+
+# %% ../../nbs/27_data.arrays.ipynb #3277695a
+_on_device:dict = {}  # tensor by (id of an array, device), as long as the array is there
+
+def _placed(a, device):
+    "The array `a` as a tensor on `device`, copied once"
+    key = id(a), str(device)
+    if key not in _on_device:
+        _on_device[key] = torch.from_numpy(np.array(a)).to(device)
+        finalize(a, _on_device.pop, key, None)
+    return _on_device[key]
+
+def _fits(parts, device):
+    "Are the images there, or do they fit into a quarter of the free memory of the CUDA `device`?"
+    if all((id(o.images), str(device)) in _on_device for o in parts): return True
+    return sum(o.images.nbytes for o in parts) < torch.cuda.mem_get_info(device)[0]/4
+
+# %% ../../nbs/27_data.arrays.ipynb #5df89232
+@patch
+def batch_augments(self:ArrayDL):
+    "The `BatchAugment`s with which the transforms of the batch begin"
+    return [*takewhile(lambda t: isinstance(t, BatchAugment), _tfms(self.after_batch))]
+
+# %% ../../nbs/27_data.arrays.ipynb #319a778a
+@patch
+def makes_on_device(self:ArrayDL):
+    "Are batches made on the device?"
+    parts = self.dataset.tls[0].tfms.fs[0].parts
+    if self.fake_l.num_workers or not all(isinstance(o.images, np.ndarray) for o in parts): return False
+    if any(_has_effect(t, self.after_item.split_idx) for t in _tfms(self.after_item)): return False
+    if len(self.batch_augments()) < sum(isinstance(t, BatchAugment) for t in _tfms(self.after_batch)): return False
+    if self.on_device is not None: return self.on_device
+    return self.device is not None and self.device.type == 'cuda' and _fits(parts, self.device)
+
+# %% ../../nbs/27_data.arrays.ipynb #7e74db1f
+@patch
+def placed_items(self:ArrayDL, numbers):
+    "Images (B, C, H, W) and labels of `numbers`, on the device"
+    first, device = 0, self.device or torch.device('cpu')
+    x:Any = None
+    y:Any = None
+    for part in self.dataset.tls[0].tfms.fs[0].parts:
+        at = np.flatnonzero((numbers >= first) & (numbers < first + len(part.labels)))
+        if len(at):
+            images, idxs = _placed(part.images, device), numbers[at] - first
+            if x is None:
+                x = images.new_empty(len(numbers), *images.shape[1:])
+                y = np.empty((len(numbers), *part.labels.shape[1:]), part.labels.dtype)
+            x[_beside(x, at)] = images.index_select(0, _beside(x, idxs))
+            y[at] = part.labels[idxs]
+        first += len(part.labels)
+    return TensorImage(x.permute(0, 3, 1, 2)), _beside(x, y)
+
+# %% ../../nbs/27_data.arrays.ipynb #254009bd
+@patch
+def device_batches(self:ArrayDL, chunks):
+    "Batches of `chunks`, an iterator of lists as for `direct_batch`; as equal as those are"
+    while group := [*islice(chunks, max(self.ahead//self.bs, 1))]:
+        places, nths = (np.array(o) for o in zip(*chain(*group)))
+        x, y = self.placed_items(self.numbers[places])
+        x, _ = self.with_keys((x, y), places, nths)
+        split_idx = getattr(self.after_batch, 'split_idx', None)
+        for t in self.batch_augments(): x = t(x, split_idx=split_idx)
+        for xb, yb in zip(x.split([*map(len, group)]), y.split([*map(len, group)])):
+            if not self.whole_batches(): xb = xb.contiguous()
+            xb.is_augmented = True
+            yield xb, TensorCategory(yb) if yb.ndim == 1 else TensorMultiCategory(yb.float())
 
 # %% ../../nbs/27_data.arrays.ipynb #f938be5e
 @delegates(augmentation)

@@ -8,6 +8,7 @@ __all__ = ['FiniteLoss', 'NoNormDecay']
 # %% ../../nbs/57_training.guards.ipynb #d6901c01
 import math
 
+import torch
 from fastai.callback.core import Callback
 from fastai.optimizer import Optimizer
 from torch import nn
@@ -18,14 +19,32 @@ from ..core.events import in_fit
 class FiniteLoss(Callback):
     "FloatingPointError, which names epoch and batch, once the loss is NaN or infinite"
     order = -5  # right after the loss, before other callbacks use it
+    not_saved = ('losses',)  # all are read before an epoch ends
+    every = 200  # batches whose losses are read together from a device that is not the CPU
+
+    def __init__(self): self.losses = []  # (index of the batch, loss, learning rate), not yet checked
+
+    def before_train(self): self.losses = []
+    def before_validate(self): self.losses = []
 
     def after_loss(self):
         if not in_fit(self.learn) or not len(self.yb): return  # these may diverge
-        loss, part = self.learn.loss.item(), 'training' if self.training else 'validation'
-        if not math.isfinite(loss):
-            at = f'{part} batch {self.iter + 1} of epoch {self.epoch + 1}'
-            raise FloatingPointError(f'the loss is {loss} in {at}, where the learning rate is '
-                                     f'{self.opt.hypers[-1]["lr"]}: take a lower one')
+        loss = self.learn.loss.detach()
+        self.losses.append((self.iter, loss, self.opt.hypers[-1]['lr']))
+        if loss.device.type == 'cpu' or len(self.losses) == self.every: self.check()
+
+    def check(self):
+        "Read the losses since the last check; the error is about the first that is not finite"
+        seen, self.losses = self.losses, []
+        losses = [loss for _, loss, _ in seen]
+        values = torch.stack(losses).tolist() if len(losses) > 1 else [o.item() for o in losses]
+        for (i, _, lr), loss in zip(seen, values):
+            if math.isfinite(loss): continue
+            at = f'{"training" if self.training else "validation"} batch {i + 1} of epoch {self.epoch + 1}'
+            raise FloatingPointError(f'the loss is {loss} in {at}, where the learning rate is {lr}: take a lower one')
+
+    def after_train(self): self.check()
+    def after_validate(self): self.check()
 
 # %% ../../nbs/57_training.guards.ipynb #591c7f7b
 class NoNormDecay(Callback):
