@@ -31,6 +31,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                        's9_fastai.app.command.in_one_line': ('app.command.html#in_one_line', 's9_fastai/app/command.py'),
                                        's9_fastai.app.command.leave_quietly': ( 'app.command.html#leave_quietly',
                                                                                 's9_fastai/app/command.py'),
+                                       's9_fastai.app.command.n_hosts': ('app.command.html#n_hosts', 's9_fastai/app/command.py'),
                                        's9_fastai.app.command.output_error': ('app.command.html#output_error', 's9_fastai/app/command.py'),
                                        's9_fastai.app.command.own_rank': ('app.command.html#own_rank', 's9_fastai/app/command.py'),
                                        's9_fastai.app.command.parsed_options': ( 'app.command.html#parsed_options',

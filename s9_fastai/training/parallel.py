@@ -156,7 +156,8 @@ class _Wrapped(DistributedDataParallel):
     "The model of `learn` as torch's data parallel; puts the model back and brings its statistics together"
     def __init__(self, learn, **kwargs):
         ids = None if learn.dls.device.type == 'cpu' else [learn.dls.device]
-        super().__init__(learn.model, device_ids=ids, broadcast_buffers=False, **kwargs)
+        super().__init__(learn.model, device_ids=ids, **kwargs)
+        self.broadcast_buffers = False  # in each batch: `forward` takes their means
         self.learner = learn
 
     def forward(self, *args, **kwargs):
