@@ -14,7 +14,8 @@ bin = Path(sys.executable).parent  # with the commands of the package
 quick_train = Path(__file__).parent/'train_without_pictures.py'
 server = multiprocessing.get_context('forkserver')
 # of others only: the package itself is imported anew in each process
-server.set_forkserver_preload(['torch', 'torchvision', 'pandas', 'matplotlib.pyplot', 'albumentations', 'fastai.learner', 'fastai.vision.learner'])
+preloaded = ['torch', 'torchvision', 'pandas', 'matplotlib.pyplot', 'albumentations', 'fastai.learner', 'fastai.vision.learner']
+server.set_forkserver_preload(preloaded)
 
 
 def main(path, args, cwd, env, out, err, is_group, method):

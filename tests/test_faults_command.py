@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import s9_fastai.cifar.loaders
+import s9_fastai.app.given
 import s9_fastai.app.train
 from s9_fastai.cifar.load import load_cifar
 from s9_fastai.app.recipe import RECIPES, Recipe, get_recipe
@@ -83,7 +84,7 @@ def run(tmp_path_factory):
         raise Accepted
     with pytest.MonkeyPatch.context() as m:
         m.setattr(s9_fastai.cifar.loaders, 'load_cifar', load)
-        m.setattr(s9_fastai.app.train, 'data_path', there)
+        m.setattr(s9_fastai.app.given, 'data_path', there)
         with patch('s9_fastai.app.training.finish'):
             assert typed('s9_train', '--data', 'sample', '--recipe', 'stated', '--epochs', '2', '--bs', '500', '--n-channels', '4', '--out', str(folder)).code == 0
         m.setattr(Learner, '_do_fit', accept)  # the settings are compared before it

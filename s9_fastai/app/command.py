@@ -89,15 +89,16 @@ def complain(
     raise SystemExit(code)
 
 # %% ../../nbs/74_app.command.ipynb #c1a306cf
+def _warn(prog, msg): print(f'{prog}: {in_one_line(msg)}', file=sys.stderr)
+
 @contextmanager
 def warnings_in_one_line(
     prog:str, # Name of the command
 ):
     "Print warnings in the block as one line each, which begins with `prog`; in rank 0 alone"
     with warnings.catch_warnings():
-        def show(msg, *_, **__):
-            if own_rank() == 0: print(f'{prog}: {in_one_line(msg)}', file=sys.stderr)
-        warnings.showwarning = show
+        is_first = own_rank() == 0
+        warnings.showwarning = lambda msg, *_, **__: _warn(prog, msg) if is_first else None
         yield
 
 # %% ../../nbs/74_app.command.ipynb #1e9e1a1c

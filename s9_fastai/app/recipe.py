@@ -249,5 +249,5 @@ def scaled(self:Recipe,
     warmup:int=5, # Epochs of the warm-up before steps, at most `epochs`
 )->Recipe:
     "The recipe with its `lr` multiplied by its own `bs` divided by `bs`"
-    more = dict(warmup=max(self.warmup, min(warmup, self.epochs))) if self.sched == 'step' else {}
-    return replace(self, lr=self.lr*self.bs/bs, **more)
+    warmup = max(self.warmup, min(warmup, self.epochs)) if self.sched == 'step' else self.warmup
+    return replace(self, lr=self.lr*self.bs/bs, warmup=warmup)

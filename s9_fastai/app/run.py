@@ -140,7 +140,7 @@ def write(self:Run,
 # %% ../../nbs/77_app.run.ipynb #7be4d103
 _renamed = {'average': 'ema', 'rise': 'pct_start'}  # fields of a recipe, as version 0.1.0 wrote them
 _later = {'threads', 'arch', 'pretrained', 'freeze_epochs', 'size', 'channels', 'resize', 'valid_pct', 'balance',
-          'skip_bad', 'classes', 'files', 'labels', 'split', 'delim'}  # which it did not write
+          'skip_bad', 'classes', 'files', 'labels', 'split', 'delim', 'warmup', 'sync_norm'}  # which it did not write
 
 def _fields(cls, saved):
     "The object of class `cls` whose fields are in `saved`; a ValueError where one is missing or not allowed"

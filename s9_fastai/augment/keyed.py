@@ -82,7 +82,8 @@ def get_idxs(self:KeyedDL):
         seed_global(item_seed(self.seed, self.epoch, -6))
         texts = vars(self).get('items')
         if isinstance(texts, ReindexCollection): texts.idxs[:] = sorted(texts.idxs)  # they are shuffled in place
-        return super(KeyedDL, self).get_idxs()
+        idxs = super(KeyedDL, self).get_idxs()
+    return idxs if self.n is None else [*idxs]  # fastai's SortedDL has an iterator
 
 # %% ../../nbs/11_augment.keyed.ipynb #1fe73c69
 @patch

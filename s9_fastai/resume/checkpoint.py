@@ -30,7 +30,7 @@ from .compare import ForcedSettings, changed_settings, check_lost, check_setting
 from .compare import refusal, warn_lost
 from .learner import SkipTo, learner_state, load_learner_state, load_model_state
 from .shared import shared
-from .ranks import found_by_main, is_of_others, load_rank_state, others_text, rank_states
+from .ranks import found_by_main, is_of_others, kept_off, load_rank_state, others_text, rank_states
 from .saved import ResumeError, Place, checkpoint_files, checkpoint_name, is_whole, newest_checkpoint
 from .settings import fit_settings
 from .state import write_state
@@ -298,7 +298,9 @@ def restore(self:Checkpoint):
     (state, place), self.pending = self.pending, None
     if len(state['fits']) - 1 > self.n_fits: return self.skip_fit(state)
     forced = ForcedSettings(self.learn, state['fits'][self.n_fits], self.fits[-1])
-    try: load_learner_state(self.learn, state, (int(place.part == 'valid'), place.batch), self.own_cbs())
+    begin = int(place.part == 'valid'), place.batch
+    try:
+        with kept_off(self.learn): load_learner_state(self.learn, state, begin, self.own_cbs())
     except ValueError as e: raise ResumeError(f'{self.kept[-1]}: {e}') from e
     load_rank_state(self.learn, state)
     if self.force:

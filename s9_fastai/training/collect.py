@@ -11,7 +11,7 @@ from fastai.learner import AvgLoss, AvgMetric, AvgSmoothLoss, Metric
 from fastai.torch_core import TensorBase
 from fastcore.basics import GetAttr
 
-from ..core.ranks import all_bytes, n_ranks, rank_sum, this_rank
+from ..core.ranks import all_bytes, rank_sum, this_rank
 
 # %% ../../nbs/55_training.collect.ipynb #50e39d8e
 def needs_predictions(
@@ -27,12 +27,12 @@ def add_up(
 ):
     "Bring the mean in `metric` together"
     if isinstance(metric, AvgSmoothLoss):
-        counted = metric.count if this_rank() == 0 else 0  # by the first process, which has every batch
-        val, count = rank_sum(torch.tensor([float(metric.val)/n_ranks(), counted]))
-        metric.val, metric.count = val, int(count)
+        own = torch.tensor([float(metric.val), metric.count], dtype=torch.float64)
+        val, count = rank_sum(own if this_rank() == 0 else torch.zeros_like(own)).tolist()
+        metric.val, metric.count = metric.val.new_tensor(val), int(count)
     elif hasattr(metric, 'count'):
-        total, count = rank_sum(torch.tensor([float(metric.total), metric.count], dtype=torch.float64)).tolist()
-        metric.total, metric.count = total, int(count)
+        total, count = rank_sum(torch.tensor([float(metric.total), metric.count], dtype=torch.float64))
+        metric.total, metric.count = total, int(count)  # a tensor, as in fastai: Perplexity takes its exponential
 
 # %% ../../nbs/55_training.collect.ipynb #076781e4
 class SeenBatches:
@@ -103,6 +103,13 @@ class _Seer(GetAttr):
 
     @property
     def y(self): return self.yb[0] if len(self.yb) == 1 else self.yb
+
+    @property
+    def xb(self):
+        raise ValueError('a metric reads the input of the model, which stays in the process that made it: leave the '
+                         'metric out, or compute it after the training')
+
+    x = xb
 
     def to_detach(self, b, cpu=True, gather=True): return self.learn.to_detach(b, cpu, gather=False)
 

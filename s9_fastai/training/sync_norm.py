@@ -46,12 +46,14 @@ class SyncedNorm(nn.modules.batchnorm._BatchNorm):
     running_var:Any
     num_batches_tracked:Any
     momentum:Any
+    is_alone = True  # does each process have the present batch whole?
 
     def _get_name(self): return type(self).__mro__[2].__name__
 
     def is_synced(self):
         "Does this pass take the statistics of all processes?"
-        return self.training and n_ranks() > 1 and self.track_running_stats and self.momentum is not None
+        is_shared = n_ranks() > 1 and not SyncedNorm.is_alone
+        return self.training and is_shared and self.track_running_stats and self.momentum is not None
 
     def update(self, mean, var):
         "Move the running statistics"

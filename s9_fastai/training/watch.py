@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from fastcore.basics import patch
 
-from ..core.ranks import n_ranks, this_rank
+from ..core.ranks import from_main, n_ranks, this_rank
 
 # %% ../../nbs/56_training.watch.ipynb #6e9de68f
 class RankLost(RuntimeError):
@@ -37,7 +37,8 @@ def _tcp_store():
 
 def _store():
     "A store for this start of the processes"
-    return dist.PrefixStore(f's9_fastai/{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', _tcp_store())
+    name = from_main(lambda: os.urandom(8).hex().encode()).decode()
+    return dist.PrefixStore(f's9_fastai/watch/{name}', _tcp_store())
 
 class Watch:
     "Counts for this process, and ends it where another one has stopped to count; `command` is how to go on"
