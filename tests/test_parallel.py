@@ -43,7 +43,8 @@ def start(n, folder, *args):
     for r in range(n):
         logs = [str(folder/f'{nm}{r}.log') for nm in ('out', 'err')]
         own = dict(env, RANK=str(r), LOCAL_RANK=str(r)) if n > 1 else {}
-        p = processes.server.Process(target=processes.main, args=(str(script), [str(folder), *args], '.', {**os.environ, 'OMP_NUM_THREADS': '1', **own}, *logs))
+        env_of_it = {**os.environ, 'OMP_NUM_THREADS': '1', **own}
+        p = processes.server.Process(target=processes.main, args=(str(script), [str(folder), *args], '.', env_of_it, *logs, False, 'fork'))
         p.start()
         group.append(p)
     return group
