@@ -1,5 +1,8 @@
 "Two hosts train together: two network namespaces with a link between them, which is cut"
+import os
+import signal
 import sys
+import time
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -69,3 +72,23 @@ def test_a_run_on_two_hosts_goes_on_after_a_cut(hosts, tmp_path):
     hosts.join()
     with both(hosts, tmp_path/'c', *map(as_script, commands)) as (a, b): assert [a.end(), b.end()] == [0, 0], a.text + b.text
     assert 'resuming from' in a.text and same_weights(tmp_path/'run', tmp_path/'reference')
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('how', ['static', 'c10d'])
+def test_both_hosts_start_again_where_a_process_is_killed(hosts, tmp_path, how):
+    options = [train, *tiny, '--epochs', 5, '--save-every', 3, '--out']
+    with both(hosts, tmp_path/'a', *first(*options, tmp_path/'reference')) as (a, b): assert [a.end(), b.end()] == [0, 0], a.text + b.text
+    args = first('--max-restarts', 1, *options, tmp_path/'run')
+    if how == 'c10d':  # a host knows its address by its name elsewhere
+        point = ['--nnodes', 2, '--nproc-per-node', 1, '--rdzv-backend', 'c10d', '--rdzv-endpoint', f'{ADDRESSES[0]}:{PORT}', '--max-restarts', 1]
+        args = [(*point, '--local-addr', ADDRESSES[i], '--rdzv-conf', f'is_host={1 - i}', *options, tmp_path/'run') for i in (0, 1)]
+    with both(hosts, tmp_path/'b', *args) as (a, b):
+        while not any('epoch   2' in o.text for o in (a, b)):
+            assert a.p.poll() is None and b.p.poll() is None, a.text + b.text
+            time.sleep(0.02)
+        second = b if 'epoch   2' in a.text else a  # the hosts of c10d are numbered as they come
+        os.kill(second.pid(1), signal.SIGKILL)
+        assert [a.end(), b.end()] == [0, 0], a.text + b.text
+    assert len([*a.lines(), *b.lines()]) == 1 and f'{tmp_path}/run: resuming from ' in a.text + b.text
+    assert same_weights(tmp_path/'run', tmp_path/'reference')
