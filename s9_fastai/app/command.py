@@ -112,11 +112,12 @@ def shell_command(
     codes = (c if c.isprintable() and c not in "'\\" else ''.join(f'\\x{b:02x}' for b in os.fsencode(c)) for c in text)
     return f"{command} $'{''.join(codes)}'"
 
-# %% ../../nbs/74_app.command.ipynb #5a729c68
+# %% ../../nbs/74_app.command.ipynb #94a50724
 def n_hosts()->int: # 1 without a launcher
     "The number of hosts that train together"
     return int(os.environ.get('GROUP_WORLD_SIZE', 1))
 
+# %% ../../nbs/74_app.command.ipynb #5a729c68
 def resume_command(
     path, # Folder of a run
 )->str:
