@@ -36,6 +36,7 @@ from ..core.ranks import from_main, main_first, rank_sum, this_rank
 from ..core.text import show_bars, shown
 from ..report.outputs import outputs_of
 from ..resume.saved import ResumeError, newest_checkpoint
+from ..training import distributed  # noqa: F401 (it gives every Learner its `distributed`)
 from ..training.distill import TeacherLogits, check_logits, check_teacher
 from ..training.watch import leave_note, read_note
 
