@@ -1,6 +1,6 @@
 "The measuring scripts run; what they measure is not judged here"
 import json
-import sys
+import runpy
 from pathlib import Path
 
 import pytest
@@ -62,9 +62,9 @@ def test_a_run_prints_a_table_and_appends_lines(tmp_path):
     assert {'hardware', 'versions', 'commit', 'command', 'date'} <= o.keys() and o['command'].startswith('python benchmarks/speed/loaders.py --out')
 
 
-def test_the_break_even_bandwidth_of_several_processes(tmp_path):
-    sys.path.insert(0, str(folder/'speed'))
-    from processes import break_even, n_buckets, ring
+def test_the_break_even_bandwidth_of_several_processes(monkeypatch):
+    monkeypatch.syspath_prepend(folder/'speed')
+    break_even, n_buckets, ring = map(runpy.run_path(str(folder/'speed'/'processes.py')).get, ('break_even', 'n_buckets', 'ring'))
     size, latency = 44_700_000, 1e-4
     assert [n_buckets(o) for o in (400_000, 2**20, 2**20 + 1, 26*2**20, 26*2**20 + 1)] == [1, 1, 2, 2, 3]
     for n in (2, 4, 8):  # at that bandwidth, the parts take as long as the whole
