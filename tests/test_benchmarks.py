@@ -1,6 +1,7 @@
 "The measuring scripts run; what they measure is not judged here"
 import json
 import os
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -11,7 +12,7 @@ from processes import run
 
 folder = Path(__file__).resolve().parent.parent/'benchmarks'
 scripts = sorted(f.relative_to(folder).as_posix() for f in folder.rglob('*.py'))
-modules = 'common.py', 'speed/methods.py', 'speed/rounds.py'
+modules = 'common.py', 'speed/hosts.py', 'speed/methods.py', 'speed/rounds.py'
 
 
 def bench(script, *args, **env): return run(folder/script, *args, cwd=folder.parent, **env)
@@ -63,6 +64,27 @@ def test_a_run_prints_a_table_and_appends_lines(tmp_path):
     o = lines[-1]
     assert o['n'] == 1 and o['values'] == [o['median']] and o['unit'] == 'images/s' and o['settings']['images'] == 300
     assert {'hardware', 'versions', 'commit', 'command', 'date'} <= o.keys() and o['command'].startswith('python benchmarks/speed/loaders.py --out')
+
+
+def test_the_break_even_bandwidth_of_several_processes(monkeypatch):
+    monkeypatch.syspath_prepend(folder/'speed')
+    break_even, n_buckets, ring = map(runpy.run_path(str(folder/'speed'/'processes.py')).get, ('break_even', 'n_buckets', 'ring'))
+    size, latency = 44_700_000, 1e-4
+    assert [n_buckets(o) for o in (400_000, 2**20, 2**20 + 1, 26*2**20, 26*2**20 + 1)] == [1, 1, 2, 2, 3]
+    for n in (2, 4, 8):  # at that bandwidth, the parts take as long as the whole
+        bandwidth = break_even(size, n, 0.4, 0.4/n, latency)
+        assert abs(0.4/n + ring(size, n, bandwidth, latency) - 0.4) < 1e-9
+    assert ring(100, 2, 50, 0) == 2 and break_even(size, 2, 0.1, 0.1, latency) == float('inf')
+
+
+@pytest.mark.slow
+def test_steps_of_several_processes(tmp_path):
+    done = bench('speed/processes.py', '--quick', '--out', tmp_path)
+    assert done.returncode == 0 and '| Net, 2 processes with a core each, 16 images |' in done.stdout, done.stderr
+    rows = {(o['what'], o['measure']): o for o in map(json.loads, (tmp_path/'processes.jsonl').read_text().splitlines())}
+    assert rows['Net, gradients', 'bytes a step']['median'] == 4*99_912 and len(rows) == 7
+    assert rows['all-reduce, 2 processes, this machine', 'all-reduce of 8 MiB']['unit'] == 'ms'
+    assert {'hardware', 'versions', 'commit', 'command', 'date'} <= rows['Net, 2 hosts, 16 images', 'break-even bandwidth'].keys()
 
 
 def test_without_data_it_says_so():

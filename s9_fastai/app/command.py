@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['own_rank', 'BadInput', 'RunFailed', 'plain_message', 'raised_in', 'exit_code', 'in_one_line', 'complain',
-           'warnings_in_one_line', 'shell_command', 'resume_command', 'quiet_rank', 'speaks', 'recipe_options',
-           'command_parser', 'refuse_unknown', 'parsed_options', 'drop_output', 'leave_quietly', 'output_error',
-           'errors_in_one_line', 'run_command']
+           'warnings_in_one_line', 'shell_command', 'n_hosts', 'resume_command', 'quiet_rank', 'speaks',
+           'recipe_options', 'command_parser', 'refuse_unknown', 'parsed_options', 'drop_output', 'leave_quietly',
+           'output_error', 'errors_in_one_line', 'run_command']
 
 # %% ../../nbs/74_app.command.ipynb #b816bf30
 import difflib, os, re, shlex, sys, time, traceback, warnings
@@ -64,7 +64,8 @@ def exit_code(
     place, line = raised_in(e)
     is_ours = place.startswith('s9_fastai') and not isinstance(e, UnicodeError)  # a decode in our code is no message
     if isinstance(e, BadInput) or isinstance(e, ValueError) and is_ours: return 2, plain_message(e)
-    if isinstance(e, (RunFailed, OSError, MemoryError)): return 1, plain_message(e)
+    is_plain = isinstance(e, (RunFailed, OSError, MemoryError)) or hasattr(e, 'speaks')  # of `RankLost`
+    if is_plain: return 1, plain_message(e)
     if isinstance(e, RuntimeError): return 1, f'{type(e).__name__}: {plain_message(e)}'
     return 1, (f'internal error: {type(e).__name__}: {plain_message(e)} ({place}, line {line}); '
                'S9_TRACEBACK=1 in the environment prints the traceback for a report')
@@ -111,13 +112,20 @@ def shell_command(
     codes = (c if c.isprintable() and c not in "'\\" else ''.join(f'\\x{b:02x}' for b in os.fsencode(c)) for c in text)
     return f"{command} $'{''.join(codes)}'"
 
+# %% ../../nbs/74_app.command.ipynb #94a50724
+def n_hosts()->int: # 1 without a launcher
+    "The number of hosts that train together"
+    return int(os.environ.get('GROUP_WORLD_SIZE', 1))
+
 # %% ../../nbs/74_app.command.ipynb #5a729c68
 def resume_command(
     path, # Folder of a run
 )->str:
-    "The command that resumes the run in `path`, on as many processes of this machine as now"
-    n = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
-    prog = 's9_train' if n == 1 else f'torchrun --nproc-per-node {n} -m s9_fastai.train'
+    "The command that resumes the run in `path` on this host, on as many hosts and processes as now"
+    n, env = int(os.environ.get('LOCAL_WORLD_SIZE', 1)), os.environ
+    hosts = '' if n_hosts() == 1 else (f'--nnodes {n_hosts()} --node-rank {env["GROUP_RANK"]} '
+                                       f'--master-addr {env["MASTER_ADDR"]} --master-port {env["MASTER_PORT"]} ')
+    prog = f'torchrun {hosts}--nproc-per-node {n} -m s9_fastai.train' if hosts or n > 1 else 's9_train'
     return shell_command(f'{prog} --resume', path)
 
 # %% ../../nbs/74_app.command.ipynb #a10d8f13

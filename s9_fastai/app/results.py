@@ -14,7 +14,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from .command import BadInput, RunFailed, plain_message, resume_command, shell_command
+from .command import BadInput, RunFailed, n_hosts, plain_message, resume_command, shell_command
 from .folder import OpenFolder
 from .inputs import class_counts
 from ..core.files import read_input, replacing
@@ -109,7 +109,8 @@ def opening_line(
     run_dir:Path, # The run's folder
 )->str:
     "The folder of the run, in the command that resumes it"
-    return f'to resume this run if it stops: {resume_command(run_dir)}'
+    each = ', on each host with its own --node-rank' if n_hosts() > 1 else ''
+    return f'to resume this run if it stops{each}: {resume_command(run_dir)}'
 
 # %% ../../nbs/76_app.results.ipynb #ec6e188f
 REACHED = {'fast': 85.7, 'best': 90.4}  # Test accuracy in %, mean of three seeds, all 50,000 training images

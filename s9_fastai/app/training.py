@@ -32,10 +32,11 @@ from .teacher import packaged_logits, predict_logits
 from ..core.environment import use_deterministic, use_threads
 from ..core.files import naming
 from ..core.paths import run_path
-from ..core.ranks import from_main, main_first, this_rank
+from ..core.ranks import from_main, main_first, rank_sum, this_rank
 from ..core.text import show_bars, shown
 from ..report.outputs import outputs_of
 from ..resume.saved import ResumeError, newest_checkpoint
+from ..training import distributed  # noqa: F401 (it gives every Learner its `distributed`)
 from ..training.distill import TeacherLogits, check_logits, check_teacher
 from ..training import distributed  # noqa: F401 (it gives every Learner its method of that name)
 from ..training.watch import leave_note, read_note
@@ -105,7 +106,8 @@ def fixed_settings(
 # %% ../../nbs/78_app.training.ipynb #9f871665
 def restarted_run()->str|None: # None in a first start, and where the run had no folder yet
     "The folder of the run that this launcher has begun before"
-    if os.environ.get('TORCHELASTIC_RESTART_COUNT', '0') == '0': return None
+    own = int(os.environ.get('TORCHELASTIC_RESTART_COUNT', 0))  # a host whose processes were well does not count
+    if not rank_sum(torch.tensor(own)): return None
     path = from_main(lambda: read_note('run').encode()).decode()
     return path if path and os.path.isfile(os.path.join(path, 'recipe.json')) else None
 

@@ -100,7 +100,7 @@ class RankMetrics(Callback):
     )->float: # The sum of the numbers of all
         "Agree on a signal"
         notes = _notes(self.learn)
-        *flags, total = rank_sum(torch.tensor([*signal_flags(notes), number], dtype=torch.float64))
+        *flags, total = rank_sum(torch.tensor([*signal_flags(notes), number], dtype=torch.float64)).tolist()
         settle(notes, flags)
         return total
 

@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from fastcore.basics import patch
 
-from ..core.ranks import n_ranks, this_rank
+from ..core.ranks import from_main, n_ranks, this_rank
 
 # %% ../../nbs/56_training.watch.ipynb #6e9de68f
 class RankLost(RuntimeError):
@@ -28,7 +28,7 @@ class RankLost(RuntimeError):
 # %% ../../nbs/56_training.watch.ipynb #4b4681d0
 BEAT = 1
 SILENT = 5  # after an error of the process group
-LOST = 30  # without one
+LOST = 20  # without one
 
 # %% ../../nbs/56_training.watch.ipynb #fd6eb94c
 def _tcp_store():
@@ -37,7 +37,8 @@ def _tcp_store():
 
 def _store():
     "A store for this start of the processes"
-    return dist.PrefixStore(f's9_fastai/{os.environ.get("TORCHELASTIC_RESTART_COUNT", 0)}', _tcp_store())
+    name = from_main(lambda: os.urandom(8).hex().encode()).decode()
+    return dist.PrefixStore(f's9_fastai/watch/{name}', _tcp_store())
 
 class Watch:
     "Counts for this process, and ends it where another one has stopped to count; `command` is how to go on"
@@ -45,7 +46,7 @@ class Watch:
         command:str='', # That resumes the run, for the message; empty: there is none
         end=os._exit, # Ends the process; no exception reaches a thread that waits in a collective
     ):
-        self.command, self.end, self.is_over, self.own = command, end, threading.Event(), '0'
+        self.command, self.end, self.is_over, self.own, self.last = command, end, threading.Event(), '0', ''
         self.others = [r for r in range(n_ranks()) if r != this_rank()]
         self.values, self.heard_at, self.store_at = {}, {}, time.monotonic()
 
@@ -74,9 +75,10 @@ def count(self:Watch):
     "Count once in `BEAT` seconds"
     while not self.is_over.wait(BEAT):
         with suppress(RuntimeError):  # of the store; how long this lasts is judged elsewhere
-            if self.own.isdigit(): self.own = str(int(self.own) + 1)
+            self.own = str(int(self.own) + 1)
             self.store.set(str(this_rank()), self.own)
             self.listen()
+    with suppress(RuntimeError): self.store.set(str(this_rank()), self.last)
 
 # %% ../../nbs/56_training.watch.ipynb #e99d4c9d
 @patch
@@ -84,9 +86,9 @@ def leave(self:Watch,
     why:str='', # The error; empty: all is well
 ):
     "Stop to count, and leave a word for the others"
-    self.own = f'failed: {why}' if why else 'finished'
-    with suppress(RuntimeError): self.store.set(str(this_rank()), self.own)
+    self.last = f'failed: {why}' if why else 'finished'
     self.is_over.set()
+    self.threads[0].join(2*BEAT)
 
 # %% ../../nbs/56_training.watch.ipynb #dbdaddb5
 @patch
@@ -94,23 +96,23 @@ def lost(self:Watch,
     silence:float, # Seconds
 )->str: # Empty where all are there
     "Which process is gone"
-    now = time.monotonic()
-    if (since := now - self.store_at) > silence:
+    if (since := time.monotonic() - self.store_at) > silence:
         return f'the host of rank 0, {os.environ["MASTER_ADDR"]}, cannot be reached for {since:.0f} s'
     for r in self.others:
         value = self.values[r].decode()
         if value.startswith('failed'): return f'rank {r} has {value}'
-        if value.isdigit() and (since := now - self.heard_at[r]) > silence:
+        if value.isdigit() and (since := self.store_at - self.heard_at[r]) > silence:
             return f'rank {r} of {n_ranks()} is gone, without a sign for {since:.0f} s'
     return ''
 
 @patch
 def speaks(self:Watch)->bool:
-    "Is this the first process that is there?"
-    now = time.monotonic()
-    if now - self.store_at > SILENT: return True  # it cannot know
+    "Is this the first process of its host that is there?"
+    now, n = time.monotonic(), int(os.environ.get('LOCAL_WORLD_SIZE', n_ranks()))
+    first = this_rank() - int(os.environ.get('LOCAL_RANK', this_rank()))  # of the host
+    if now - self.store_at > SILENT: return first == 0 or this_rank() == first  # nothing is heard of the others
     here = [r for r in self.others if self.values[r].isdigit() and now - self.heard_at[r] <= SILENT]
-    return this_rank() < min(here, default=n_ranks())
+    return not any(first <= r < min(this_rank(), first + n) for r in here)
 
 @patch
 def message(self:Watch, lost):
