@@ -490,6 +490,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                      's9_fastai.app.train.s9_train': ('app.train.html#s9_train', 's9_fastai/app/train.py')},
             's9_fastai.app.training': { 's9_fastai.app.training._begin': ('app.training.html#_begin', 's9_fastai/app/training.py'),
                                         's9_fastai.app.training._end': ('app.training.html#_end', 's9_fastai/app/training.py'),
+                                        's9_fastai.app.training._on_all': ('app.training.html#_on_all', 's9_fastai/app/training.py'),
                                         's9_fastai.app.training._quiet': ('app.training.html#_quiet', 's9_fastai/app/training.py'),
                                         's9_fastai.app.training._removed_on_error': ( 'app.training.html#_removed_on_error',
                                                                                       's9_fastai/app/training.py'),

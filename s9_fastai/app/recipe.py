@@ -216,7 +216,8 @@ RECIPES = {'stated': Recipe(), 'logged': Recipe(step_size=20, dropout=0.05),
 
 # %% ../../nbs/71_app.recipe.ipynb #8f1ffcf1
 _net = 'arch', ('net',)
-_used_by = dict(pct_start=('sched', ('triangle',)), step_size=('sched', ('step',)), warmup=('sched', ('step',)),  # a field that uses it, and how
+_step = 'sched', ('step',)
+_used_by = dict(pct_start=('sched', ('triangle',)), step_size=_step, warmup=_step,  # a field that uses it, and how
                 gamma=('sched', ('step', 'plateau')), n_channels=_net, norm=_net, dropout=_net)
 
 def _check_use(old, new):

@@ -40,13 +40,12 @@ def s9_train(
     check_together(resume, force, out=out, recipe=recipe, teacher=teacher, scale_lr=scale_lr or None)
     check_paths(data, resume, out, teacher, overrides.get('distill'), overrides.get('pretrained'))
     from s9_fastai.app import training
-    from s9_fastai.training.distributed import process_group
     own:dict[str, Any] = dict(seed=seed, workers=workers, device=device, save_every=save_every,
                               deterministic=deterministic or None, threads=threads, sync_norm=sync_norm or None,
                               skip_bad=skip_bad or None,
                               classes=classes, files=files, labels=labels, split=split, delim=delim)
     own = {k: v for k, v in own.items() if v is not None}
-    with process_group():
+    with training.distributed.process_group():
         resume = resume if resume is not None else training.restarted_run()
         if resume is not None:
             with training.input_errors(): run = training.resume_run(resume, own, overrides, data, force)

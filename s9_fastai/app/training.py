@@ -38,7 +38,6 @@ from ..report.outputs import outputs_of
 from ..resume.saved import ResumeError, newest_checkpoint
 from ..training import distributed  # noqa: F401 (it gives every Learner its `distributed`)
 from ..training.distill import TeacherLogits, check_logits, check_teacher
-from ..training import distributed  # noqa: F401 (it gives every Learner its method of that name)
 from ..training.watch import leave_note, read_note
 
 # %% ../../nbs/78_app.training.ipynb #d91b55f8
@@ -211,9 +210,11 @@ def _end(learn, run, is_over):
     n = epochs_text(learn.recipe.epochs)
     print(f'{shown(run.path)} is finished: it has had its {n}{files}. A larger --epochs makes it longer')
 
+def _on_all(learn, run): return learn.distributed(run.options.sync_norm, run.resume_command())
+
 def _train_with_main(learn, run):
     "The part of a process that neither writes nor prints"
-    with learn.distributed(run.options.sync_norm, run.resume_command()): learn.fit(run.recipe.epochs)
+    with _on_all(learn, run): learn.fit(run.recipe.epochs)
     return learn
 
 def train_run(
@@ -228,7 +229,7 @@ def train_run(
     is_free = run.options.threads is None and not os.environ.get('OMP_NUM_THREADS')  # the number of threads
     cbs = [SameFolder(folder, run.options.save_every is not None), SlowEpochs(run.path, hint=is_free)]
     try:
-        with resume_errors(folder), learn.added_cbs(cbs), learn.distributed(run.options.sync_norm, run.resume_command()):
+        with resume_errors(folder), learn.added_cbs(cbs), _on_all(learn, run):
             learn.fit(run.recipe.epochs)
             _end(learn, run, is_over)
     finally: folder.close()

@@ -145,6 +145,7 @@ def own_sizes(self:KeyedDL):
         lo, hi = self.own_span(batch)
         if hi > lo: yield hi - lo
 
+# %% ../../nbs/11_augment.keyed.ipynb #d8a2c95b
 def _chunks(items, sizes):
     for n in sizes:
         chunk = [*islice(items, n)]

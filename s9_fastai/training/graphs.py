@@ -80,6 +80,7 @@ def takes(self:CudaGraphs):
     if not self.training or not in_fit(self.learn) or len(self.xb) != 1: return False
     return isinstance(self.xb[0], torch.Tensor) and len(self.xb[0]) == self.dl.bs
 
+# %% ../../nbs/52_training.graphs.ipynb #470272e4
 @patch
 def before_batch(self:CudaGraphs):
     "Put the graph in the place of the model's `forward`, recorded with the first full batch"
@@ -103,12 +104,14 @@ def restore(self:CudaGraphs):  # noqa: F811 (of another class)
     if self.was is not None: self.model.forward = self.was
     self.was = None
 
+# %% ../../nbs/52_training.graphs.ipynb #af7f0cd0
 @patch
 def forward(self:CudaGraphs, x):  # noqa: F811 (of another class)
     "The graph's output for `x`, for one call"
     self.restore()
     return self.graphed(x.as_subclass(torch.Tensor))
 
+# %% ../../nbs/52_training.graphs.ipynb #12ecb2f1
 @patch
 def after_batch(self:CudaGraphs):  # noqa: F811 (of another class)
     "Give the model its own `forward` back"

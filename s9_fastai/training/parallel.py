@@ -63,6 +63,7 @@ def signal_flags(
     "Which signal this process has noted"
     return [float(any(o.heard == s for o in notes)) for s in _signals]
 
+# %% ../../nbs/58_training.parallel.ipynb #d0ca3a0f
 def settle(
     notes:list, # `SignalNote`s of a Learner's callbacks
     flags, # `signal_flags` of all processes, added up
@@ -112,6 +113,7 @@ def whole_size(self:KeyedDL,
     "Items of a batch in all processes"
     return min(self.bs, len(self._DataLoader__idxs) - batch*self.bs)
 
+# %% ../../nbs/58_training.parallel.ipynb #4dd8ff71
 @patch
 def fraction(self:KeyedDL,
     batch:int, # Number of a batch in the epoch under way, from 0
@@ -143,11 +145,13 @@ def _shown_mets(self:RankMetrics):
     rec:Any = getattr(self.learn, 'recorder', None)
     return [] if rec is None else [*(rec._train_mets if self.training else rec._valid_mets)]
 
+# %% ../../nbs/58_training.parallel.ipynb #a5b7f345
 @patch(as_prop=True)
 def is_copy(self:RankMetrics):
     "Do all processes have this batch whole, and is it counted in the first one?"
     return this_rank() > 0 and self.dl.share.is_whole(self.dl.whole_size(self.iter))
 
+# %% ../../nbs/58_training.parallel.ipynb #514f25c5
 @patch
 def share_loss(self:RankMetrics):
     "Give each process the loss of the whole batch"
@@ -155,6 +159,7 @@ def share_loss(self:RankMetrics):
     loss = self.loss.detach().mean()
     self.learn.loss = loss.new_tensor(self.agree(loss.item()*loss_weight(self.learn)))
 
+# %% ../../nbs/58_training.parallel.ipynb #3e0fd541
 @patch
 def after_batch(self:RankMetrics):
     "Agree on a signal and on the loss, and keep what metrics need"
@@ -173,22 +178,26 @@ def bring_together(self:RankMetrics):
     if more := [m for m in mets if needs_predictions(m)]: see_all(more, self.learn, self.seen)
     self.seen = SeenBatches()
 
+# %% ../../nbs/58_training.parallel.ipynb #7dbb9c93
 @patch
 def before_train(self:RankMetrics):
     "Begin without predictions"
     if in_fit(self.learn): self.seen = SeenBatches()
 
+# %% ../../nbs/58_training.parallel.ipynb #19858c6b
 @patch
 def after_train(self:RankMetrics):
     "Metrics of the training"
     if in_fit(self.learn): self.bring_together()
 
+# %% ../../nbs/58_training.parallel.ipynb #72a472b3
 @patch
 def before_validate(self:RankMetrics):
     "A `validate` in a callback has the whole set in each process"
     if in_fit(self.learn): self.seen = SeenBatches()
     elif isinstance(self.dl, KeyedDL): self.aside, self.dl.share = self.dl.share, None
 
+# %% ../../nbs/58_training.parallel.ipynb #aa689e50
 @patch
 def after_validate(self:RankMetrics):
     "Metrics of the validation"
@@ -257,6 +266,7 @@ def seed(self:DataParallel,
     seed_global(key)
     if torch.cuda.is_initialized(): torch.cuda.manual_seed(key >> 65)
 
+# %% ../../nbs/58_training.parallel.ipynb #4d52a342
 @patch
 def before_fit(self:DataParallel):
     "Begin with a new wrapper; signals are noted, and agreed upon"
@@ -264,6 +274,7 @@ def before_fit(self:DataParallel):
     self.ddp = None
     for o in _notes(self.learn): o.is_shared = True
 
+# %% ../../nbs/58_training.parallel.ipynb #dbff9b90
 @patch
 def before_train(self:DataParallel):  # noqa: F811 (of another class)
     "Seed the generators for the first batch that is trained, which is in the middle of an epoch where a run resumes"
@@ -272,6 +283,7 @@ def before_train(self:DataParallel):  # noqa: F811 (of another class)
     epoch = dl.epoch + 1
     self.seed(epoch, dl.begin[1] if dl.begin[0] == epoch else 0)
 
+# %% ../../nbs/58_training.parallel.ipynb #4a8aba4c
 @patch
 def after_batch(self:DataParallel):  # noqa: F811 (of another class)
     "Seed the generators for the next batch"
@@ -280,6 +292,7 @@ def after_batch(self:DataParallel):  # noqa: F811 (of another class)
     if hasattr(self.learn, 'recorder'): self.recorder.run = True
     if self.training: self.seed(self.dls.train.epoch, self.iter + 1)
 
+# %% ../../nbs/58_training.parallel.ipynb #799560eb
 @patch
 def after_fit(self:DataParallel):
     "Let go of the wrapper, with the same numbers to come in every process"

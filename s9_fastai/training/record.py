@@ -87,6 +87,7 @@ def after_batch(self:EpochRecorder):
     self.learn.smooth_loss = self.smooth_loss.value
     self.losses.append(self.learn.smooth_loss)
 
+# %% ../../nbs/56_training.record.ipynb #f2337449
 @patch(as_prop=True)
 def _train_mets(self:EpochRecorder):
     if getattr(self, 'cancel_train', False): return L()

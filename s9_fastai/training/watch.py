@@ -27,7 +27,11 @@ class RankLost(RuntimeError):
 
 # %% ../../nbs/56_training.watch.ipynb #4b4681d0
 BEAT = 1
+
+# %% ../../nbs/56_training.watch.ipynb #df16bae4
 SILENT = 5  # after an error of the process group
+
+# %% ../../nbs/56_training.watch.ipynb #64998737
 LOST = 20  # without one
 
 # %% ../../nbs/56_training.watch.ipynb #fd6eb94c
@@ -62,6 +66,7 @@ def start(self:Watch):
     for t in self.threads: t.start()
     return self
 
+# %% ../../nbs/56_training.watch.ipynb #65f279e4
 @patch
 def listen(self:Watch):
     "Read the numbers of the others, and note who has counted"
@@ -70,6 +75,7 @@ def listen(self:Watch):
         if self.values.get(r) != v: self.values[r], self.heard_at[r] = v, now
     self.store_at = now
 
+# %% ../../nbs/56_training.watch.ipynb #5f7e0967
 @patch
 def count(self:Watch):
     "Count once in `BEAT` seconds"
@@ -105,6 +111,7 @@ def lost(self:Watch,
             return f'rank {r} of {n_ranks()} is gone, without a sign for {since:.0f} s'
     return ''
 
+# %% ../../nbs/56_training.watch.ipynb #58adde26
 @patch
 def speaks(self:Watch)->bool:
     "Is this the first process of its host that is there?"
@@ -114,6 +121,7 @@ def speaks(self:Watch)->bool:
     here = [r for r in self.others if self.values[r].isdigit() and now - self.heard_at[r] <= SILENT]
     return not any(first <= r < min(this_rank(), first + n) for r in here)
 
+# %% ../../nbs/56_training.watch.ipynb #2b48276f
 @patch
 def message(self:Watch, lost):
     return f'{lost}; nothing that was saved is lost' + (f': {self.command}' if self.command else '')
@@ -128,6 +136,7 @@ def judge(self:Watch):
         self.end(1)
         return
 
+# %% ../../nbs/56_training.watch.ipynb #f5687224
 @patch
 def verdict(self:Watch)->RankLost|None: # None where all are there
     "Why a collective has failed"
