@@ -512,6 +512,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                   's9_fastai/app/training.py'),
                                         's9_fastai.app.training.resume_run': ('app.training.html#resume_run', 's9_fastai/app/training.py'),
                                         's9_fastai.app.training.run_dls': ('app.training.html#run_dls', 's9_fastai/app/training.py'),
+                                        's9_fastai.app.training.scaled_recipe': ( 'app.training.html#scaled_recipe',
+                                                                                  's9_fastai/app/training.py'),
                                         's9_fastai.app.training.start_run': ('app.training.html#start_run', 's9_fastai/app/training.py'),
                                         's9_fastai.app.training.train_run': ('app.training.html#train_run', 's9_fastai/app/training.py')},
             's9_fastai.app.tuning': { 's9_fastai.app.tuning.Search': ('app.tuning.html#search', 's9_fastai/app/tuning.py'),

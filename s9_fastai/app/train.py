@@ -53,7 +53,7 @@ def s9_train(
         name = recipe_name(recipe, data)
         with training.input_errors():
             made = training.get_recipe(name, **overrides)
-            if scale_lr: made = made.scaled(training.get_recipe(name).bs)
+            if scale_lr: made = training.scaled_recipe(made, name)
             run = training.start_run(made, training.RunOptions(name, **own), data, teacher, out)
         return training.train_run(*run)
 
