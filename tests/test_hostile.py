@@ -117,6 +117,8 @@ ALLOWED = {  # a module, and what it may call
     'core.archives': ('ZipFile open', 'of a file that is open, and its members'),
     **{k: ('open', 'the null device') for k in ('app.command', 'app.entry', 'core.signals')},
     'app.folder': ('open', 'the folder itself'),
+    'app.job': ('open', 'the output of a run, to write'),
+    'training.collect': ('load', 'bytes of the other processes of the same training'),
 }
 
 
