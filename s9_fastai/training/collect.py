@@ -19,7 +19,7 @@ def needs_predictions(
 )->bool: # False for means and for what keeps nothing
     "Is `metric` more than a mean over the images?"
     means = AvgMetric.accumulate, AvgLoss.accumulate, AvgSmoothLoss.accumulate, Metric.accumulate
-    return type(metric).accumulate not in means
+    return type(metric).accumulate not in means and not isinstance(metric, AvgSmoothLoss)
 
 # %% ../../nbs/55_training.collect.ipynb #5ab89d2f
 def add_up(

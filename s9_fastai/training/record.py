@@ -60,7 +60,7 @@ class SmoothLoss(AvgSmoothLoss):
     def accumulate(self, learn):
         loss = learn.loss.detach().mean()
         self.count += 1
-        self.val = torch.lerp(loss, self.val.to(loss.device, non_blocking=True), self.beta)
+        self.val = torch.lerp(loss, self.val.to(loss.device, loss.dtype, non_blocking=True), self.beta)
 
 # %% ../../nbs/56_training.record.ipynb #60873c29
 class EpochRecorder(Recorder):
