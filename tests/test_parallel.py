@@ -22,7 +22,7 @@ import processes
 from s9_fastai.augment.keyed import KeyedDL
 from s9_fastai.augment.share import Share
 from s9_fastai.core.weights import read_tensors
-from s9_fastai.training.collect import SeenBatches, see_all
+from s9_fastai.training.collect import SeenBatches, accumulate_all
 from s9_fastai.training.parallel import check_shared
 
 script = Path(parallel.__file__)
@@ -235,7 +235,7 @@ def test_metric_of_the_input():
     seen = SeenBatches()
     seen.add(0, torch.zeros(4, 2), (torch.zeros(4),), torch.tensor(1.))
     with pytest.raises(ValueError, match='a metric reads the input of the model, which stays in the process that made it'):
-        see_all([Reads()], SimpleNamespace(xb=(torch.ones(2),)), seen)
+        accumulate_all([Reads()], SimpleNamespace(xb=(torch.ones(2),)), seen)
 
 
 @pytest.mark.parametrize('n', [1, 2, 3, 5])

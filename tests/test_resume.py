@@ -356,14 +356,14 @@ def test_every_must_count_batches(tmp_path):
 
 def test_skipped_epochs_are_used_by_by_nobody():
     "Unlike with fastai's SkipToEpoch"
-    heard = []
+    noted = []
     class Hear(Callback):
         def __call__(self, event):
-            if self.run: heard.append((event, getattr(self.learn, 'epoch', None)))
+            if self.run: noted.append((event, getattr(self.learn, 'epoch', None)))
     learn = quiet(synth_learner(cbs=[Hear(), SkipTo(Place(2, 'train', 0))]))
-    heard.clear()
+    noted.clear()
     learn.fit(4)
-    assert {e for event, e in heard if 'fit' not in event} == {2, 3} and [e for e, _ in heard].count('after_epoch') == 2
+    assert {e for event, e in noted if 'fit' not in event} == {2, 3} and [e for e, _ in noted].count('after_epoch') == 2
 
 
 def test_the_pause_is_no_part_of_the_epochs_time(tmp_path, monkeypatch):

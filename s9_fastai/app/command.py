@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['own_rank', 'BadInput', 'RunFailed', 'plain_message', 'raised_in', 'exit_code', 'in_one_line', 'complain',
-           'warnings_in_one_line', 'shell_command', 'n_hosts', 'resume_command', 'quiet_rank', 'speaks',
+           'warnings_in_one_line', 'shell_command', 'n_hosts', 'resume_command', 'quiet_rank', 'reports',
            'recipe_options', 'command_parser', 'refuse_unknown', 'parsed_options', 'drop_output', 'leave_quietly',
            'output_error', 'errors_in_one_line', 'run_command']
 
@@ -64,7 +64,7 @@ def exit_code(
     place, line = raised_in(e)
     is_ours = place.startswith('s9_fastai') and not isinstance(e, UnicodeError)  # a decode in our code is no message
     if isinstance(e, BadInput) or isinstance(e, ValueError) and is_ours: return 2, plain_message(e)
-    is_plain = isinstance(e, (RunFailed, OSError, MemoryError)) or hasattr(e, 'speaks')  # of `RankLost`
+    is_plain = isinstance(e, (RunFailed, OSError, MemoryError)) or hasattr(e, 'reports')  # of `RankLost`
     if is_plain: return 1, plain_message(e)
     if isinstance(e, RuntimeError): return 1, f'{type(e).__name__}: {plain_message(e)}'
     return 1, (f'internal error: {type(e).__name__}: {plain_message(e)} ({place}, line {line}); '
@@ -137,12 +137,12 @@ def quiet_rank():
     os.close(null)
 
 # %% ../../nbs/74_app.command.ipynb #f7c1062d
-def speaks(
+def reports(
     e:BaseException, # That ends the command
     seconds:float=10, # To wait for rank 0
 )->bool:
     "Does this process print the message of `e`?"
-    if own_rank() == 0 or hasattr(e, 'speaks'): return getattr(e, 'speaks', True)
+    if own_rank() == 0 or hasattr(e, 'reports'): return getattr(e, 'reports', True)
     if not isinstance(e, Stopped): time.sleep(seconds)
     return not isinstance(e, Stopped)
 
@@ -257,7 +257,7 @@ def errors_in_one_line(
     except (Exception, KeyboardInterrupt) as e:
         if os.environ.get('S9_TRACEBACK'): traceback.print_exception(e)
         code, msg = exit_code(e)
-        if not speaks(e): raise SystemExit(code) from e
+        if not reports(e): raise SystemExit(code) from e
         try: complain(prog, f'the output cannot be written: {msg}' if output_error() else msg, code)
         finally:
             if output_error(): drop_output()

@@ -96,7 +96,7 @@ def resume_errors(
     except BrokenPipeError: raise
     except RankLost as e:
         failed:Any = RunFailed(str(e))
-        failed.speaks = e.speaks
+        failed.reports = e.reports
         raise failed from e
     except Stopped as e:
         raise Stopped(e.signum, f'{e}: {resume_command(folder.path)}') from e

@@ -54,12 +54,12 @@ class SignalNote:
     def __init__(self):
         self.signum, self.pid, self.before, self.learn, self.is_warned = None, None, {}, None, False
         # what this process has noted, and whether it becomes `signum` only when all processes have agreed
-        self.heard, self.is_shared = None, False
+        self.noted, self.is_shared = None, False
 
     def catch(self):
         "Begin; in Python's main thread only, as others cannot"
         self.release()
-        self.signum, self.heard, self.is_shared, self.pid = None, None, False, os.getpid()
+        self.signum, self.noted, self.is_shared, self.pid = None, None, False, os.getpid()
         self.learn = next((weakref.ref(o) for o in _fitting(sys._getframe())), None)
         if threading.current_thread() is not threading.main_thread(): return
         for s in stop_signals(): self.before[s] = signal.signal(s, self.note)
@@ -87,8 +87,8 @@ def note(self:SignalNote,
     if os.getpid() != self.pid: return self._in_worker(signum)
     if signum == getattr(signal, 'SIGHUP', None): leave_terminal()
     mine = self.learn is not None and any(self.learn() is o for o in _fitting(frame))  # else it has failed
-    if mine and self.heard is None:
-        self.heard = signum
+    if mine and self.noted is None:
+        self.noted = signum
         if not self.is_shared: self.signum = signum
     elif not (mine and self.is_shared):  # a launcher sends a signal again, to processes that have it already
         self.release()

@@ -125,7 +125,7 @@ def _watched(command):
     watch = Watch(command).start()
     try: yield
     except RuntimeError as e:
-        with _term_held(): lost = watch.verdict()
+        with _term_held(): lost = watch.cause()
         watch.leave('another process is gone' if lost else _why(e))
         if lost is None: raise
         raise lost from e

@@ -26,7 +26,7 @@ from ..core.events import in_fit
 from ..core.ranks import n_ranks, rank_mean_, rank_sum, this_rank
 from ..core.signals import SignalNote
 from .balance import TrainingLoss
-from .collect import SeenBatches, add_up, needs_predictions, see_all
+from .collect import SeenBatches, add_up, needs_predictions, accumulate_all
 from .sync_norm import SyncedNorm
 
 # %% ../../nbs/58_training.parallel.ipynb #4b4131c1
@@ -61,7 +61,7 @@ def signal_flags(
     notes:list, # `SignalNote`s of a Learner's callbacks
 )->list: # 0 or 1 for each signal
     "Which signal this process has noted"
-    return [float(any(o.heard == s for o in notes)) for s in _signals]
+    return [float(any(o.noted == s for o in notes)) for s in _signals]
 
 # %% ../../nbs/58_training.parallel.ipynb #d0ca3a0f
 def settle(
@@ -175,7 +175,7 @@ def bring_together(self:RankMetrics):
     mets = self._shown_mets
     for m in mets:
         if not needs_predictions(m): add_up(m)
-    if more := [m for m in mets if needs_predictions(m)]: see_all(more, self.learn, self.seen)
+    if more := [m for m in mets if needs_predictions(m)]: accumulate_all(more, self.learn, self.seen)
     self.seen = SeenBatches()
 
 # %% ../../nbs/58_training.parallel.ipynb #7dbb9c93

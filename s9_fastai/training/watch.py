@@ -20,10 +20,10 @@ class RankLost(RuntimeError):
     "Another process of the training is gone"
     def __init__(self,
         msg:str, # Which one, and since when
-        speaks:bool=True, # Is this the process that prints it?
+        reports:bool=True, # Is this the process that prints it?
     ):
         super().__init__(msg)
-        self.speaks = speaks
+        self.reports = reports
 
 # %% ../../nbs/56_training.watch.ipynb #4b4681d0
 BEAT = 1
@@ -52,27 +52,27 @@ class Watch:
     ):
         self.command, self.end, self.is_over, self.own, self.last = command, end, threading.Event(), '0', ''
         self.others = [r for r in range(n_ranks()) if r != this_rank()]
-        self.values, self.heard_at, self.store_at = {}, {}, time.monotonic()
+        self.values, self.beat_at, self.store_at = {}, {}, time.monotonic()
 
 # %% ../../nbs/56_training.watch.ipynb #2809b681
 @patch
 def start(self:Watch):
-    "Begin to count and to listen, in two threads: a store that is cut off may block the first"
+    "begin to count and to read the others, in two threads: a store that is cut off may block the first"
     self.store = _store()
     self.store.set(str(this_rank()), self.own)
     dist.barrier()
-    self.listen()
-    self.threads = [threading.Thread(target=f, daemon=True) for f in (self.count, self.judge)]
+    self.read_others()
+    self.threads = [threading.Thread(target=f, daemon=True) for f in (self.count, self.check_others)]
     for t in self.threads: t.start()
     return self
 
 # %% ../../nbs/56_training.watch.ipynb #65f279e4
 @patch
-def listen(self:Watch):
+def read_others(self:Watch):
     "Read the numbers of the others, and note who has counted"
     now = time.monotonic()
     for r, v in zip(self.others, self.store.multi_get([str(r) for r in self.others])):
-        if self.values.get(r) != v: self.values[r], self.heard_at[r] = v, now
+        if self.values.get(r) != v: self.values[r], self.beat_at[r] = v, now
     self.store_at = now
 
 # %% ../../nbs/56_training.watch.ipynb #5f7e0967
@@ -83,7 +83,7 @@ def count(self:Watch):
         with suppress(RuntimeError):  # of the store; how long this lasts is judged elsewhere
             self.own = str(int(self.own) + 1)
             self.store.set(str(this_rank()), self.own)
-            self.listen()
+            self.read_others()
     with suppress(RuntimeError): self.store.set(str(this_rank()), self.last)
 
 # %% ../../nbs/56_training.watch.ipynb #e99d4c9d
@@ -107,18 +107,18 @@ def lost(self:Watch,
     for r in self.others:
         value = self.values[r].decode()
         if value.startswith('failed'): return f'rank {r} has {value}'
-        if value.isdigit() and (since := self.store_at - self.heard_at[r]) > silence:
+        if value.isdigit() and (since := self.store_at - self.beat_at[r]) > silence:
             return f'rank {r} of {n_ranks()} is gone, without a sign for {since:.0f} s'
     return ''
 
 # %% ../../nbs/56_training.watch.ipynb #58adde26
 @patch
-def speaks(self:Watch)->bool:
+def reports(self:Watch)->bool:
     "Is this the first process of its host that is there?"
     now, n = time.monotonic(), int(os.environ.get('LOCAL_WORLD_SIZE', n_ranks()))
     first = this_rank() - int(os.environ.get('LOCAL_RANK', this_rank()))  # of the host
-    if now - self.store_at > SILENT: return first == 0 or this_rank() == first  # nothing is heard of the others
-    here = [r for r in self.others if self.values[r].isdigit() and now - self.heard_at[r] <= SILENT]
+    if now - self.store_at > SILENT: return first == 0 or this_rank() == first  # no beats of the others arrive
+    here = [r for r in self.others if self.values[r].isdigit() and now - self.beat_at[r] <= SILENT]
     return not any(first <= r < min(this_rank(), first + n) for r in here)
 
 # %% ../../nbs/56_training.watch.ipynb #2b48276f
@@ -128,21 +128,21 @@ def message(self:Watch, lost):
 
 # %% ../../nbs/56_training.watch.ipynb #541f0b68
 @patch
-def judge(self:Watch):
+def check_others(self:Watch):
     "End the process where another one is gone"
     while not self.is_over.wait(BEAT):
         if not (lost := self.lost(LOST)): continue
-        if self.speaks(): print(self.message(lost), file=sys.stderr, flush=True)
+        if self.reports(): print(self.message(lost), file=sys.stderr, flush=True)
         self.end(1)
         return
 
 # %% ../../nbs/56_training.watch.ipynb #f5687224
 @patch
-def verdict(self:Watch)->RankLost|None: # None where all are there
+def cause(self:Watch)->RankLost|None: # None where all are there
     "Why a collective has failed"
     until = time.monotonic() + 2*SILENT
     while time.monotonic() < until:
-        if lost := self.lost(SILENT): return RankLost(self.message(lost), self.speaks())
+        if lost := self.lost(SILENT): return RankLost(self.message(lost), self.reports())
         time.sleep(BEAT/2)
     return None
 
