@@ -184,7 +184,7 @@ def main():
     p.add_argument('--parts', type=int, nargs='+', default=[1, 2, 4, 8], metavar='N', help='hosts to compute the break-even bandwidth for; begin with 1')
     p.add_argument('--processes', type=int, nargs='*', default=[2], metavar='N', help='processes that share this machine, with a thread each')
     p.add_argument('--rates', type=int, nargs='*', default=[], metavar='MBIT', help='links between two hosts, in Mbit/s; needs root and tc')
-    p.add_argument('--delay', type=int, default=0, metavar='MS', help="milliseconds that a packet takes on such a link; needs Linux's netem")
+    p.add_argument('--delay', type=int, default=0, metavar='MS', help='milliseconds that a packet takes on such a link, in each direction')
     p.add_argument('--latency', type=float, default=100, metavar='US', help='microseconds of a message in the formula')
     p.add_argument('--steps', type=int, default=10, help='steps in a block, which is one repetition')
     p.add_argument('--quick', action='store_true', help='the Net, 16 images, one repetition of two steps: to try it out')
