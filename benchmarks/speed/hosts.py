@@ -65,6 +65,8 @@ class Hosts:
         self.names, self.links = ([f'{o}{os.getpid()}-{number}{i}' for i in 'ab'] for o in ('s9-', 's9v'))  # the second at most 15 characters
         self.late = LateLink(self.links, delay) if delay else None
 
+    def __getstate__(self): return {**vars(self), 'late': None}  # a process of a host needs names only
+
     def __enter__(self):
         try: self.make()
         except BaseException:

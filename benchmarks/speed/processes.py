@@ -147,9 +147,9 @@ def several(args, name, hosts):
 def linked(h): return f'{h.rate or "no"} Mbit/s' + (f', {h.delay} ms' if h.delay else '')
 
 
-def reductions(args, hosts):
-    "All-reduce alone, on this machine and on each link"
-    return [method(f'all-reduce, 2 processes, {linked(h) if h else "this machine"}', 2, h, 1, reduce_block, LARGE, args.steps) for h in (None, *hosts)]
+def reductions(args):
+    "All-reduce alone, between two processes of this machine"
+    return [method('all-reduce, 2 processes', 2, None, 1, reduce_block, LARGE, args.steps)]
 
 
 def on_paper(args, name, lines, latency):
@@ -165,7 +165,7 @@ def on_paper(args, name, lines, latency):
 
 def measure(args, hosts):
     "All rows"
-    group = reductions(args, hosts)
+    group = reductions(args)
     for name in args.networks: group += [*parts_of(args, name), *several(args, name, hosts)]
     interleave(group, args.repeats)
     large = f'all-reduce of {LARGE/2**20:g} MiB'
