@@ -34,7 +34,7 @@ def print_epoch(
     log, # Their values
 ):
     "Print one line for an epoch"
-    def cell(nm, v): return f'{nm} {v:.4f}' if isinstance(v, float) and nm != 'lr' else f'{nm} {v}'
+    def cell(nm, v): return f'{nm} {v:{".6g" if nm == "lr" else ".4f"}}' if isinstance(v, float) else f'{nm} {v}'
     print(f'epoch {log[0]:3d}', *map(cell, recorder.metric_names[1:], log[1:]), sep='  ', flush=True)
 
 # %% ../../nbs/76_app.results.ipynb #1fc7271a
