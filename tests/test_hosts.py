@@ -1,6 +1,7 @@
 "Two hosts train together: two network namespaces with a link between them, which is cut"
 import os
 import signal
+import subprocess
 import sys
 import time
 from contextlib import ExitStack, contextmanager
@@ -32,14 +33,44 @@ def first(*args):
     return [('--nnodes', 2, '--node-rank', i, '--nproc-per-node', 1, '--master-addr', ADDRESSES[0], '--master-port', PORT, *args) for i in (0, 1)]
 
 
-@pytest.fixture
-def hosts():
+@contextmanager
+def linked(delay=0):
     "Two hosts with a link"
-    if not torchrun.exists(): pytest.skip('there is no torchrun')
     with ExitStack() as stack:
-        try: found = stack.enter_context(Hosts())
+        try: found = stack.enter_context(Hosts(delay=delay))
         except OSError as e: pytest.skip(f'two hosts need the right to make network namespaces: {e}')
         yield found
+
+
+@pytest.fixture
+def hosts():
+    if not torchrun.exists(): pytest.skip('there is no torchrun')
+    with linked() as found: yield found
+
+
+# sends a byte back, and takes the time of one that is sent there
+echo = f"""
+import socket
+with socket.create_server(('{ADDRESSES[1]}', {PORT})) as s:
+    print('ready', flush=True)
+    with s.accept()[0] as c: c.sendall(c.recv(1))
+"""
+ask = f"""
+import socket, time
+with socket.create_connection(('{ADDRESSES[1]}', {PORT})) as c:
+    begun = time.monotonic()
+    c.sendall(b'a')
+    c.recv(1)
+    print(time.monotonic() - begun)
+"""
+
+
+@pytest.mark.parametrize('delay', [0, 50])
+def test_a_packet_is_as_late_as_its_link(delay):
+    with linked(delay) as hosts, subprocess.Popen([*hosts.command(1), sys.executable, '-c', echo], stdout=subprocess.PIPE, text=True) as p:
+        assert p.stdout.readline() == 'ready\n'
+        took = subprocess.run([*hosts.command(0), sys.executable, '-c', ask], capture_output=True, text=True, timeout=60).stdout
+    assert 2*delay <= 1000*float(took) < 2*delay + 50
 
 
 def cut(hosts, a, b):

@@ -19,6 +19,7 @@ from s9_fastai.app.recipe import get_recipe
 from s9_fastai.augment.keyed import make_keyed
 from s9_fastai.cifar.loaders import cifar_dls
 from s9_fastai.core.ranks import this_rank
+from s9_fastai.training import distributed  # noqa: F401 (learn.distributed)
 
 
 class Float64(Callback):
