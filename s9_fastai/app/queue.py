@@ -89,7 +89,7 @@ class Board:
         self.print('\r' + text.ljust(len(self.text)) + '\r' + text, end='')
         self.text = text
 
-    def say(self,
+    def write_line(self,
         line:str, # Without its end
     ):
         "Print `line` above the bar"
@@ -134,7 +134,7 @@ class Queue:
         self.n_sent, self.looked = 0, _never
 
     def _start(self, job):
-        self.board.say(start_job(job, self.command, self.threads))
+        self.board.write_line(start_job(job, self.command, self.threads))
 
     def _fill(self):
         "Start as many jobs as there are places"
@@ -145,7 +145,7 @@ class Queue:
         if len(self.running) < self.n_jobs: self.looked = time.monotonic()
 
     def _end(self, job):
-        self.board.say(end_line(job))
+        self.board.write_line(end_line(job))
         if job.state == 'killed' and not self.n_sent: return self._start(job)
         self.running.remove(job)
         self.source.ended(job)
@@ -156,7 +156,7 @@ class Queue:
         "Pass a new signal on to the processes"
         if count == self.n_sent: return
         if not self.n_sent and self.running:
-            self.board.say(f'stopping: {len(self.running)} under way, which save their state')
+            self.board.write_line(f'stopping: {len(self.running)} under way, which save their state')
         for job in self.running: stop_job(job)
         self.n_sent = count
 

@@ -314,7 +314,7 @@ def after_epoch(self:RunLog):  # noqa: F811 (of another class)
 def _check_size(path, size):
     "ValueError where `path` has fewer bytes than `size`, from a checkpoint"
     if type(size) is not int or size < 0:
-        raise ValueError(f'{path} cannot have had {size!r} bytes, as the checkpoint says: use another copy of it')
+        raise ValueError(f'{path} cannot have had {size!r} bytes, as the checkpoint has it: use another copy of it')
     there = path.stat().st_size if path.exists() else 0
     if there < size:
         now = f'has {there} bytes' if path.exists() else 'is gone'
