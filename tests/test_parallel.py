@@ -71,7 +71,7 @@ def once(factory, name, make):
 
 
 def run_all(top):
-    jobs = {1: [*alike, 'script'], 2: [*alike, 'mixup', 'norm_apart', 'dropout', 'dropout_again', *runs, 'script'], 3: [*of_three, 'script']}
+    jobs = {1: [*alike, 'script'], 2: [*alike, 'mixup', 'norm_apart', 'dropout', 'dropout_again', *runs, 'script'], 3: [*of_three, 'run_whole', 'run_broken', 'script']}
     groups = {n: start(n, top/str(n), *names) for n, names in jobs.items()}
     try:
         for n, group in groups.items(): end(group, top/str(n))
@@ -132,15 +132,15 @@ def test_a_script_around_its_fits(results, n):
 
 # Checkpoints
 
-def history(results, name): return [line.split(',')[:-1] for line in (results.top/'2'/name/'history.csv').read_text().splitlines()]  # without the time
+def history(results, n, name): return [line.split(',')[:-1] for line in (results.top/str(n)/name/'history.csv').read_text().splitlines()]  # without the time
 
 
-@pytest.mark.parametrize('name', ['broken', 'stopped', 'damaged'])
-def test_resumed_to_the_bit(results, name):
-    whole, broken = results('run_whole', 2), results(f'run_{name}', 2)
+@pytest.mark.parametrize('n,name', [(2, 'broken'), (2, 'stopped'), (2, 'damaged'), (3, 'broken')])
+def test_resumed_to_the_bit(results, n, name):
+    whole, broken = results('run_whole', n), results(f'run_{name}', n)
     for a, b in zip(whole, broken):
         for k in 'weights', 'buffers', 'values': assert torch.equal(a[k], b[k]), k
-    assert history(results, 'whole') == history(results, name) and len(history(results, name)) == 4
+    assert history(results, n, 'whole') == history(results, n, name) and len(history(results, n, name)) == 4
 
 
 def test_both_stop_at_the_same_batch_for_a_signal_of_one(results):

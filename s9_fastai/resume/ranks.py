@@ -65,7 +65,9 @@ def load_rank_state(
     "Give the metrics of this process their state"
     states = state.get('ranks', [])
     if len(states) != n_ranks() or not states: return
+    on = [cb for cb in learn.cbs if cb.run]
     for o, own in zip(_own(learn), states[this_rank()], strict=True): load_object_state(o, own)
+    for cb in on: cb.run = True  # the recorder may have been off in its last batch, see RankMetrics
 
 # %% ../../nbs/67_resume.ranks.ipynb #1e962e70
 @contextmanager

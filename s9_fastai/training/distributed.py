@@ -140,7 +140,7 @@ def _watched(command):
 def distributed(self:Learner,
     sync_norm:bool=False, # Batch norm by the statistics of the whole batch, not of each process's part?
     command:str='', # That resumes the run, for the message where a process is gone; empty: none
-    **kwargs # For torch's `DistributedDataParallel`, such as `find_unused_parameters=True`
+    **kwargs # For torch's `DistributedDataParallel`, such as `bucket_cap_mb`
 ):
     "Fit on all processes of the launcher in the block, each with its part of every batch; on one, a plain fit"
     with ExitStack() as stack:

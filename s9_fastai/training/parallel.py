@@ -209,16 +209,25 @@ def after_validate(self:RankMetrics):
 _names = {'forward_sync_buffers', 'broadcast_buffers'} & signature(DistributedDataParallel).parameters.keys()
 _buffers:dict[str, Any] = {max(_names): False}
 
+class _Spared(nn.Module):
+    "A model, and a parameter that nothing uses"
+    def __init__(self, model):
+        super().__init__()
+        self.model, self.spare = model, nn.Parameter(next(model.parameters()).detach().new_zeros(1))
+
+    def forward(self, *args, **kwargs): return self.model(*args, **kwargs)
+
 class _Wrapped(DistributedDataParallel):
     "The model of `learn` as torch's data parallel; puts the model back and brings its statistics together"
     def __init__(self, learn, **kwargs):
         device = next(learn.model.parameters()).device  # that of the loaders may be a text
-        ids = None if device.type == 'cpu' else [device]
-        super().__init__(learn.model, device_ids=ids, **_buffers, **kwargs)
-        self.learner = learn
+        args = {'find_unused_parameters': True, **_buffers, **kwargs}
+        if device.type == 'cpu': super().__init__(_Spared(learn.model), **args)
+        else: super().__init__(learn.model, device_ids=[device], **args)
+        self.learner, self.own = learn, [learn.model]  # in a list, so that it is no second submodule
 
     def forward(self, *args, **kwargs):
-        self.learner.model = self.module
+        self.learner.model, = self.own
         out = super().forward(*args, **kwargs)
         rank_mean_([b for b in self.module.buffers() if b.is_floating_point()])
         return out
