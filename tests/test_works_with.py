@@ -3,7 +3,7 @@ import pytest
 from works_with import CHECKS, LEARNERS, REFUSED, cells, read, run
 
 
-@pytest.mark.parametrize('part, learner', cells(), ids=' × '.join)
+@pytest.mark.parametrize('part, learner', cells(), ids=map(' × '.join, cells()))
 def test_cell(part, learner):
     if 'timm' in learner: pytest.importorskip('timm')
     now, then = run(part, learner), read()[part][learner]

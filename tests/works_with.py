@@ -5,6 +5,7 @@ import io
 import json
 import random
 import re
+import socket
 import sys
 import tempfile
 import time
@@ -31,6 +32,7 @@ from s9_fastai.training.ema import EMA
 from s9_fastai.augment.batch import BatchAugment
 from s9_fastai.resume.checkpoint import Checkpoint
 from s9_fastai.cifar.facts import CLASSES
+from s9_fastai.core.weights import read_tensors
 from s9_fastai.training.distill import TeacherLogits, Distill
 from s9_fastai.report.mistakes import misclassified
 from s9_fastai.training.muon import FastMuon
@@ -39,6 +41,8 @@ from s9_fastai.report.summary import summary
 from s9_fastai.test_utils import quiet
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
+import processes
+import works_with_ranks
 from works_with_learners import LEARNERS, classes, make, n_train
 
 table = Path(__file__).resolve().parent/'data'/'works_with.json'
@@ -120,12 +124,12 @@ def gradients(learner, to_fast, *cbs):
     steps = Steps('before_step', look, 1)
     for m in learn.model.modules():
         if isinstance(m, nn.Dropout): m.p = 0
-        if isinstance(m, nn.ReLU): m.forward = partial(F.silu, inplace=m.inplace)
         if isinstance(m, nn.BatchNorm2d): m.register_forward_hook(lambda m, x, out: n.append(folds(out)))
     if to_fast:
         for m in learn.to_fast().model.modules(): m.least = 0  # batch norms: the fast way for small batches too
     else: learn.add_cb(ChannelsLast())
-    with patch('s9_fastai.training.fast.autocast_dtype', lambda device: torch.float32): learn.fit(1, cbs=[steps, *cbs])
+    smooth = patch.object(nn.ReLU, 'forward', lambda m, x: F.silu(x, inplace=m.inplace))  # of the class: fastai's tables share one
+    with smooth, patch('s9_fastai.training.fast.autocast_dtype', lambda device: torch.float32): learn.fit(1, cbs=[steps, *cbs])
     return steps.seen[0], sum(n), len(n)
 
 
@@ -175,6 +179,34 @@ def check_checkpoint(learner, tmp):
     (whole, *rows), (resumed, *rows_resumed) = ends
     assert whole == resumed and rows == rows_resumed, (rows, rows_resumed)
     return f'{len(whole)//4:,} values, all bits the same'
+
+
+# --- several processes
+
+def on_two(learner, tmp):
+    "What each of two processes ends with"
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        env = dict(MASTER_ADDR='127.0.0.1', MASTER_PORT=str(s.getsockname()[1]), WORLD_SIZE='2', OMP_NUM_THREADS='1')
+    group = [processes.Script(works_with_ranks.__file__, tmp, learner, **env, RANK=str(r), LOCAL_RANK=str(r)) for r in range(2)]
+    for done in [p.end() for p in group]: assert done.returncode == 0, done.stderr
+    return [read_tensors(tmp/f'{r}.safetensors')[0] for r in range(2)]
+
+
+def text_note(learner):
+    if learner != 'text classifier': return None
+    return ('each process pads its part of a batch to the longest text in it, which a network that reads the padding notices: the texts of this check '
+            'have one length')
+
+
+@check('several processes')
+def check_processes(learner, tmp):
+    "`learn.distributed`: two epochs on two processes, with `sync_norm`, end with the weights, losses and metrics of one; in float64, without dropout"
+    one, ranks = works_with_ranks.ends(works_with_ranks.fit(learner)), on_two(learner, tmp)
+    assert torch.equal(ranks[0]['state'], ranks[1]['state'])
+    worst = (ranks[0]['state'] - one['state']).abs().max().item()
+    assert worst < 1e-9 and all((o['values'] - one['values']).abs().max() < 1e-5 for o in ranks), worst  # losses and metrics are float32
+    return f'weights within {worst:.0e}', text_note(learner)
 
 
 # --- EMA

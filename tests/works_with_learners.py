@@ -45,6 +45,7 @@ def is_same(i): return str(i % 2 == 0)
 def mask(i): return (images()[0][i][..., 0] > 128).astype(np.uint8)  # follows from the image, so a test can see whether it still fits
 def points(i): return torch.tensor([[8. + i % 16, 8.], [16., 24. - i % 8]])
 def sentence(i): return ' '.join(words[(i*7 + j*j) % 40] for j in range(5 + i % 9))
+def even_sentence(i): return ' '.join(words[(i*7 + j*j) % 40] for j in range(9))
 def split_words(s): return L(s.split())
 
 
@@ -142,8 +143,8 @@ def tabular(bs=bs, **kwargs):
 _size = dict(emb_sz=12, n_hid=16, n_layers=2)
 
 
-def text_classifier(bs=bs, **kwargs):
-    dls = block_dls((TextBlock(split_words, vocab=words, seq_len=8), CategoryBlock(vocab=classes)), sentence, label, norm=False, bs=bs)
+def text_classifier(bs=bs, text=sentence, **kwargs):
+    dls = block_dls((TextBlock(split_words, vocab=words, seq_len=8), CategoryBlock(vocab=classes)), text, label, norm=False, bs=bs)
     return text_classifier_learner(dls, AWD_LSTM, seq_len=8, config={**awd_lstm_clas_config, **_size}, pretrained=False, metrics=accuracy, **kwargs)
 
 

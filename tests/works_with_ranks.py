@@ -1,6 +1,7 @@
 """A fit of a Learner of works_with_learners.py, in float64 and without dropout: `works_with_ranks.py FOLDER LEARNER` writes what it has led to, on the
 processes of a launcher's variables"""
 import sys
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from s9_fastai.training import distributed  # noqa: F401 (learn.distributed)
 from s9_fastai.test_utils import quiet
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-from works_with_learners import make
+from works_with_learners import even_sentence, make
 
 chances = 'p', 'weight_p', 'embed_p', 'input_p', 'hidden_p', 'output_p', 'drop_prob'  # of dropout, in torch, fastai and timm
 
@@ -26,14 +27,13 @@ class Double(Callback):
 
 
 def without_dropout(model):
-    for m in model.modules():
-        for nm in chances:
-            if isinstance(getattr(m, nm, None), float): setattr(m, nm, 0.)
+    for m, nm in product(model.modules(), chances):
+        if isinstance(getattr(m, nm, None), float): setattr(m, nm, 1e-30)  # with 0 fastai's weight dropout fails
 
 
 def fit(learner):
     "The Learner after two epochs, of one process or of several, each with weights and random numbers of its own before the fit"
-    learn = quiet(make(learner))
+    learn = quiet(make(learner, **(dict(text=even_sentence) if learner == 'text classifier' else {})))
     without_dropout(learn.model)
     for dl in learn.dls.loaders: make_keyed(dl)
     torch.manual_seed(rank_distrib())
