@@ -1,10 +1,13 @@
 """As many tests at a time as there are cores, each with one thread; and the table of faults: each test of a fault shows the message that a user
 gets, and the table has it word for word"""
+import gc
 import json
 import os
 import re
+import sys
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -29,6 +32,12 @@ def pytest_cmdline_main(config):
 def pytest_configure(config):
     "One thread for torch in every worker, and in the commands that tests start: else they would wait for each other"
     if getattr(config.option, 'numprocesses', None): os.environ.setdefault('OMP_NUM_THREADS', '1')
+
+
+def pytest_collection_finish(session):
+    "What takes a twentieth of the time: the garbage collector goes over all modules again and again; torch notes the stack of each seed for a GPU"
+    gc.freeze()
+    for nm in {'torch.cuda', 'torch.xpu', 'torch.mtia'} & sys.modules.keys(): sys.modules[nm].traceback = SimpleNamespace(format_stack=list)
 
 
 def own_words(text): return re.sub(r'\([^()]*\)', '()', text)  # in round brackets are the words of libraries, which change

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import decoded
 from safetensors.numpy import load_file
 
 torchrun = Path(sys.executable).with_name('torchrun')
@@ -35,7 +36,7 @@ class Launch:
         folder.mkdir(parents=True, exist_ok=True)
         self.out, self.err, self.begun = folder/'out', folder/'err', time.monotonic()
         with open(self.out, 'w') as out, open(self.err, 'w') as err:
-            self.p = subprocess.Popen([*prefix, torchrun, *map(str, args)], stdout=out, stderr=err, start_new_session=True, env={**os.environ, **env})
+            self.p = subprocess.Popen([*prefix, torchrun, *map(str, args)], stdout=out, stderr=err, start_new_session=True, env={**os.environ, **decoded.variable(args), **env})
 
     def __enter__(self): return self
 

@@ -1,5 +1,6 @@
 """Scripts in processes of their own, forked from one that has loaded the large libraries: what another process would do, without the seconds that
 it takes to start"""
+import gc
 import multiprocessing
 import os
 import runpy
@@ -7,8 +8,11 @@ import subprocess
 import sys
 import time
 import warnings
+from multiprocessing import forkserver, resource_tracker
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+import decoded
 
 bin = Path(sys.executable).parent  # with the commands of the package
 quick_train = Path(__file__).parent/'train_without_pictures.py'
@@ -18,8 +22,15 @@ preloaded = ['torch', 'torchvision', 'pandas', 'matplotlib.pyplot', 'albumentati
 server.set_forkserver_preload(preloaded)
 
 
-def main(path, args, cwd, env, out, err, is_group, method):
+def use_server(address):
+    "What this process starts with `forkserver` comes from the same server; a pipe to it is there already"
+    own = forkserver._forkserver
+    own._forkserver_address, own.ensure_running = address, resource_tracker.ensure_running
+
+
+def main(path, args, cwd, env, out, err, is_group, method, address=None):
     "The life of the process: `path` as Python runs it from a shell"
+    gc.freeze()  # what the server has loaded: the collector would copy all of its memory pages
     if is_group: os.setsid()
     for fd, file in ((1, out), (2, err)): os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT), fd)
     os.chdir(cwd)
@@ -27,6 +38,8 @@ def main(path, args, cwd, env, out, err, is_group, method):
     os.environ.update(env)
     sys.argv, sys.path[0] = [path, *args], str(Path(path).parent)
     warnings.simplefilter('ignore')
+    decoded.use()
+    if address: use_server(address)
     multiprocessing.set_start_method(method, force=True)  # its workers start as they do from a shell, not by the server
     of_method = multiprocessing.get_context
     multiprocessing.get_context = lambda method=None: of_method('forkserver' if method == 'spawn' else method)  # from the same server
@@ -38,7 +51,10 @@ class Script:
     def __init__(self, path, *args, cwd='.', is_group=False, **env):
         self.tmp = TemporaryDirectory()
         self.args, (self.out, self.err) = [str(path), *map(str, args)], (Path(self.tmp.name)/nm for nm in ('out', 'err'))
-        self.p = server.Process(target=main, args=(str(path), self.args[1:], str(cwd), {**os.environ, **env}, str(self.out), str(self.err), is_group, multiprocessing.get_start_method()))
+        env = {**os.environ, **decoded.variable(args), **env}
+        forkserver.ensure_running()
+        self.p = server.Process(target=main, args=(str(path), self.args[1:], str(cwd), env, str(self.out), str(self.err), is_group,
+                                                   multiprocessing.get_start_method(), forkserver._forkserver._forkserver_address))
         self.p.start()
         self.pid = self.p.pid
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 from fastcore.docments import docments
-from processes import server
+from processes import run
 
 root = Path(__file__).resolve().parent.parent
 notebooks = sorted((root/'nbs').glob('*.ipynb'))
@@ -131,16 +131,29 @@ def test_no_undefined_or_unused_names():
     assert [ln for ln in run.stdout.splitlines() if '#' not in line(ln)] == []  # a comment says why it is imported
 
 
-def test_each_module_imports_alone():
-    "In a new process each: what a notebook's other cells imported must not be needed. They share what others wrote, which is slow to import"
-    failed = {}
-    for m in modules:
-        code = f'import sys, warnings; assert "s9_fastai" not in sys.modules; warnings.simplefilter("error", UserWarning); import s9_fastai.{name_of(m)}'
-        p = server.Process(target=exec, args=(code,))
-        p.start()
-        p.join()
-        if p.exitcode: failed[name_of(m)] = p.exitcode
-    assert failed == {}
+# each in a fork of its own: they share what others wrote, which is slow to import, and the compiled code of ours
+alone = """
+import os, sys, traceback, warnings
+assert 's9_fastai' not in sys.modules
+sys.dont_write_bytecode, sys.pycache_prefix = False, sys.argv[1]
+for name in sys.argv[2:]:
+    pid = os.fork()
+    if pid == 0:
+        warnings.simplefilter('error', UserWarning)
+        try: __import__(f's9_fastai.{name}')
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush(), os._exit(1)
+        os._exit(0)
+    if os.waitpid(pid, 0)[1]: print(name)
+"""
+
+
+def test_each_module_imports_alone(tmp_path):
+    "In a new process each: what a notebook's other cells imported must not be needed"
+    (tmp_path/'alone.py').write_text(alone)
+    done = run(tmp_path/'alone.py', tmp_path/'compiled', *map(name_of, modules))
+    assert (done.returncode, done.stdout) == (0, ''), done.stderr
 
 
 def public_symbols():

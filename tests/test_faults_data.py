@@ -7,7 +7,6 @@ import pickle
 import re
 import shutil
 import socket
-import subprocess
 import sys
 import tarfile
 import threading
@@ -16,6 +15,7 @@ import warnings
 import zlib
 from io import BytesIO
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
@@ -23,7 +23,7 @@ from fastdownload.core import path_stats
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from processes import Script
+from processes import Script, run
 from test_cifar import assert_same, deep, deep_rgb, evil_pickles, home, png, tar_of, tiny_arrays, write_batches, write_fastai
 
 import s9_fastai.cifar.cache as caching
@@ -222,7 +222,9 @@ def permission_script(*cases):
             'for a in sys.argv[1:]:\n'
             '    try: print("read", len(load_cifar(*a.split("|")).test.labels))\n'
             '    except (ValueError, OSError) as e: print(e)\n')
-    done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code, *map('|'.join, cases)], capture_output=True, text=True)
+    with TemporaryDirectory() as tmp:
+        (Path(tmp)/'load.py').write_text(code, encoding='utf-8')
+        done = run(Path(tmp)/'load.py', *map('|'.join, cases))
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 

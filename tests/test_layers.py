@@ -1,11 +1,10 @@
 "The fast layers in networks that are not ours, and under the tools that read a network or transform it"
 import copy
 import pickle
-import subprocess
-import sys
 
 import pytest
 import torch
+from processes import python
 from torch import nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -256,7 +255,7 @@ def test_a_script_is_saved_and_loaded_without_the_package(tmp_path):
     _, b = pair()
     torch.jit.script(b.eval()).save(tmp_path/'net.pt')
     code = f"import torch, sys; m = torch.jit.load(r'{tmp_path/'net.pt'}'); print(m(torch.zeros(1, 3, 8, 8)).sum().item(), 's9_fastai' in sys.modules)"
-    out = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], check=True, capture_output=True, text=True).stdout.split()
+    out = python(code).split()
     assert float(out[0]) == pytest.approx(b(torch.zeros(1, 3, 8, 8)).sum().item(), abs=1e-5) and out[1] == 'False'
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import scipy.stats
+from processes import bin, run
 
 from s9_fastai.app.command import BadInput
 from s9_fastai.app.grid import SweepRun, parse_axis, parse_seeds
@@ -165,7 +166,7 @@ def test_wrong_axes(text):
 def test_wrong_command_lines_end_in_one_line(tmp_path):
     for args, msg in ((['--grid', 'lrr=1'], 'did you mean lr?'), (['--lrr', '1'], 'unrecognized arguments: --lrr 1; did you mean --lr?'), ([], 'no runs: give --seeds'),
                       (['--seeds', '0', '--jobs', '0'], 'jobs is 0, but must be 1 to 256'), (['--grid=--'], 'argument --grid: expected one argument')):
-        done = subprocess.run([*SWEEP, *args], capture_output=True, text=True, cwd=tmp_path)
+        done = run(bin/'s9_sweep', *args, cwd=tmp_path)
         assert (done.returncode, done.stdout) == (2, '') and msg in done.stderr and done.stderr.count('\n') == 1, done.stderr
     assert not [*tmp_path.iterdir()]
 

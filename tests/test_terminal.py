@@ -10,11 +10,12 @@ from io import StringIO
 from pathlib import Path
 from unittest.mock import patch
 
+import decoded
 import pandas as pd
 import pytest
 import torch
 from fastcore.xtras import working_directory
-from processes import server
+from processes import quick_train, server
 from safetensors.torch import load_file
 
 import s9_fastai.app.training  # noqa: F401 (its warnings are not those of a command)
@@ -97,6 +98,7 @@ def child(cwd, argv, stream, env):
         sys.stdout = open(1, 'w', closefd=False)
     sys.stderr = open(2, 'w', buffering=1, closefd=False)
     sys.argv = ['s9_train', *argv]
+    decoded.use()
     from s9_fastai.app.entry import train
     train()
 
@@ -105,7 +107,7 @@ class Training:
     "A training in a process of its own"
     def __init__(self, cwd, *more, stream=None, **env):
         self.cwd = cwd
-        self.p = server.Process(target=child, args=(str(cwd), [*args, *more], stream, env))
+        self.p = server.Process(target=child, args=(str(cwd), [*args, *more], stream, {**decoded.variable(args), **env}))
         self.p.start()
 
     def end(self):
@@ -235,9 +237,8 @@ def test_ctrl_c_while_a_module_is_imported(name, tmp_path):
 def test_one_thread_is_the_same_whatever_the_environment_has(tmp_path, no_pictures):
     (tmp_path/'a').mkdir(), (tmp_path/'b').mkdir()
     more, n = ['--epochs', '1', '--threads', '1'], torch.get_num_threads()
-    code = 'from s9_fastai.app.entry import train; train()'
-    env = {**os.environ, 'OMP_NUM_THREADS': '2'}
-    assert subprocess.run([sys.executable, '-c', code, *args, *more], cwd=tmp_path/'a', env=env, capture_output=True).returncode == 0
+    env = {**os.environ, **decoded.variable(args), 'OMP_NUM_THREADS': '2'}
+    assert subprocess.run([sys.executable, quick_train, *args, *more], cwd=tmp_path/'a', env=env, capture_output=True).returncode == 0
     assert ended(main_train, *args, *more, cwd=tmp_path/'b') == (0, '')
     torch.set_num_threads(n)
     a, b = (load_file(tmp_path/o/'run'/'weights.safetensors') for o in 'ab')

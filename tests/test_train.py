@@ -15,12 +15,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
+import decoded
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from fastcore.xtras import working_directory
 from PIL import Image
+from processes import bin, quick_train
 from safetensors.torch import load_file
 
 from s9_fastai.app.recipe import RECIPES, Recipe
@@ -33,7 +35,7 @@ from s9_fastai.core.weights import read_tensors
 from s9_fastai.app.command import BadInput
 from s9_fastai.app.train import main_summary, main_train, s9_train
 
-bin, root = Path(sys.executable).parent, Path(__file__).resolve().parent.parent
+root = Path(__file__).resolve().parent.parent
 posix = pytest.mark.skipif(os.name == 'nt', reason='needs a shell of POSIX')
 
 
@@ -58,7 +60,7 @@ def command(*args, cwd='.'):
 def run(tmp_path_factory):
     "One epoch on the sample, in a pipe"
     cwd = tmp_path_factory.mktemp('cwd')
-    done = process('s9_train', '--data', 'sample', '--epochs', 1, '--bs', 250, '--norm', 'ln', '--seed', 7, cwd=cwd)
+    done = process('s9_train', '--data', 'sample', '--epochs', 1, '--bs', 250, '--norm', 'ln', '--n-channels', 8, '--seed', 7, cwd=cwd)
     assert done.returncode == 0, done.stderr
     return done, next((cwd/'runs').iterdir())
 
@@ -70,13 +72,13 @@ def test_run_folder_is_complete(run):
 
 def test_recipe_is_resolved(run):
     told = json.loads((run[1]/'recipe.json').read_text())
-    want = {**asdict(RECIPES['sample']), 'epochs': 1, 'bs': 250, 'norm': 'ln', 'seed': 7, 'name': 'sample', 'data': 'sample', 'workers': 0}
+    want = {**asdict(RECIPES['sample']), 'epochs': 1, 'bs': 250, 'norm': 'ln', 'n_channels': 8, 'seed': 7, 'name': 'sample', 'data': 'sample', 'workers': 0}
     assert {k: told[k] for k in want} == want
     assert {'torch', 'fastai', 'albumentations', 'data_key', 'device', 'python'} <= set(told)
 
 
 def test_weights_fit_the_net(run):
-    Net(norm='ln').load_state_dict(load_file(run[1]/'weights.safetensors'))
+    Net(norm='ln', n_channels=8).load_state_dict(load_file(run[1]/'weights.safetensors'))
 
 
 def test_pictures_open(run):
@@ -101,7 +103,7 @@ def test_nothing_else_is_printed(run): assert run[0].stderr == ''
 
 
 def test_the_same_seed_gives_the_same_run(run, tmp_path, no_pictures):
-    again = command('s9_train', '--data', 'sample', '--epochs', 1, '--bs', 250, '--norm', 'ln', '--seed', 7, '--workers', 2, '--out', tmp_path/'b')
+    again = command('s9_train', '--data', 'sample', '--epochs', 1, '--bs', 250, '--norm', 'ln', '--n-channels', 8, '--seed', 7, '--workers', 2, '--out', tmp_path/'b')
     assert again.returncode == 0, again.stderr
     a, b = load_file(run[1]/'weights.safetensors'), load_file(tmp_path/'b'/'weights.safetensors')
     assert all((a[k] == b[k]).all() for k in a)
@@ -394,9 +396,9 @@ def test_a_terminal_of_80_columns_gets_bars_and_a_table(tmp_path):
     import termios
     master, slave = os.openpty()
     fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 24, 80, 0, 0))
-    env = {k: v for k, v in os.environ.items() if k != 'COLUMNS'}
     args = ['--data', 'sample', '--epochs', '1', '--bs', '500', '--n-channels', '4', '--out', 'run']
-    p = subprocess.Popen([bin/'s9_train', *args], stdin=slave, stdout=slave, stderr=slave, cwd=tmp_path, env=env)
+    env = {k: v for k, v in os.environ.items() if k != 'COLUMNS'} | decoded.variable(args)
+    p = subprocess.Popen([sys.executable, quick_train, *args], stdin=slave, stdout=slave, stderr=slave, cwd=tmp_path, env=env)
     os.close(slave)
     seen = b''
     try:
