@@ -9,7 +9,6 @@ __all__ = ['kept']
 import random
 from collections import OrderedDict
 from contextlib import contextmanager
-from copy import copy
 
 import torch
 
@@ -22,7 +21,7 @@ def kept(
 ):
     "Put back the attributes of `objects`, also those in dictionaries, lists and sets, and their random generators"
     attrs = [v for o in objects for v in (vars(o), *vars(o).values())]
-    saved = [(d, copy(d)) for d in attrs if type(d) in _containers]
+    saved = [(d, d.copy()) for d in attrs if type(d) in _containers]
     states:list[tuple] = [(g.set_state, g.get_state()) for g in attrs if isinstance(g, torch.Generator)]
     states += [(g.setstate, g.getstate()) for g in attrs if isinstance(g, random.Random)]
     try: yield

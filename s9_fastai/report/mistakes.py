@@ -11,6 +11,7 @@ import math
 import PIL.Image
 import numpy as np, pandas as pd, torch
 from fastai.learner import Learner
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..core.checks import COUNT, check_number
@@ -90,7 +91,9 @@ def _title(o):
 def _width(texts, least=_cell[0]):
     "Inches of a place in the grid: wide enough for the widest text, at least `least`"
     fig = Figure(dpi=100)
-    pixels = [fig.text(0, 0, t, fontsize=_size, parse_math=False).get_window_extent().width for t in texts]
+    renderer = FigureCanvasAgg(fig).get_renderer()  # without it, matplotlib begins a picture for each text
+    found = [fig.text(0, 0, t, fontsize=_size, parse_math=False) for t in texts]
+    pixels = [o.get_window_extent(renderer).width for o in found]
     return max(least, math.ceil(1.08*max(pixels))/100 + 0.15)  # texts of fewer pixels are wider
 
 # %% ../../nbs/38_report.mistakes.ipynb #3e2cd53f
