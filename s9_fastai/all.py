@@ -31,7 +31,7 @@ from s9_fastai.report.trace import Row
 from s9_fastai.report.summary import *
 from s9_fastai.report.intervals import Mean, Share, mean_interval, wilson
 from s9_fastai.report.outputs import Outputs, outputs_of
-from s9_fastai.report.plots import *
+from s9_fastai.report.plots import Picture, new_axes, plot_curves, read_history, save_picture
 from s9_fastai.report.mistakes import *
 from s9_fastai.report.calibration import *
 from s9_fastai.report.confusion import *
@@ -44,6 +44,7 @@ from s9_fastai.report.several import *
 from s9_fastai.report.loader import *
 from s9_fastai.report.inputs import *
 from s9_fastai.report.cam import *
+from s9_fastai.report.cam_plots import *
 from s9_fastai.report.field_map import *
 from s9_fastai.report.filters import *
 from s9_fastai.report.features import *

@@ -44,6 +44,12 @@ def imports(code, name=''):
     return {o.removeprefix('s9_fastai.') for o in found if o.startswith('s9_fastai.')} & {*map(name_of, modules)}
 
 
+def private_imports(code):
+    "The names with a leading underscore that `code` imports from modules of ours; `__version__` is not one"
+    froms = [n for n in ast.walk(ast.parse(code)) if isinstance(n, ast.ImportFrom) and (n.level or n.module.split('.')[0] == 's9_fastai')]
+    return [f'{n.module or "."}.{a.name}' for n in froms for a in n.names if re.match('_(?!_)', a.name)]
+
+
 WINGS = ('core', 'augment', 'data', 'nets', 'report', 'cifar', 'training', 'resume', 'app')
 MAY_IMPORT = {'core': (), 'augment': ('core',), 'data': ('core', 'augment'), 'nets': ('core',), 'report': ('core',), 'cifar': ('core', 'augment', 'data'),
               'training': ('core', 'augment.keyed', 'augment.keys', 'augment.share', 'data'), 'resume': ('core', 'augment.keyed', 'data.loader', 'training'), 'app': WINGS}
@@ -65,6 +71,15 @@ def test_there_is_something_to_check(): assert len(modules) > 50 and len(noteboo
     ('from ..core.text import shown', 'augment.batch', {'core.text'}), ('from .keys import item_seed', 'augment.batch', {'augment.keys'}), ('from . import keys', 'augment.batch', {'augment.keys'}),
     ('def f():\n    from .net import Net', 'nets.tta', {'nets.net'}), ('import numpy', 'nets.tta', set())])
 def test_imports_are_read(code, name, there): assert imports(code, name) == there
+
+
+@pytest.mark.parametrize('code, there', [
+    ('from .keys import item_seed, _hash', ['keys._hash']), ('from s9_fastai.core.text import _shown as shown', ['s9_fastai.core.text._shown']),
+    ('def f():\n    from . import _modidx', ['.._modidx']), ('from ..core.text import shown', []), ('from .. import __version__', []), ('from fastai.data.load import _FakeLoader', [])])
+def test_private_imports_are_read(code, there): assert private_imports(code) == there
+
+
+def test_no_private_name_is_imported(): assert {nm: found for nm, code in by_name.items() if (found := private_imports(code))} == {}
 
 
 def test_a_wing_imports_wings_above_it():

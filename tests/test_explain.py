@@ -36,7 +36,8 @@ from s9_fastai.cifar.loaders import cifar_block, cifar_dls
 from s9_fastai.nets.net import Net
 from s9_fastai.nets.tta import FlipTTA
 from s9_fastai.report.augmentations import augmented_items, show_augmentations
-from s9_fastai.report.cam import class_maps, grad_cam, plot_cam, plot_cam_mistakes
+from s9_fastai.report.cam import class_maps, grad_cam
+from s9_fastai.report.cam_plots import plot_cam, plot_cam_mistakes
 from s9_fastai.report.compare import compare_histories, plot_comparison
 from s9_fastai.report.features import features, plot_similar, similar, suspicious_labels
 from s9_fastai.report.field_map import field_maps, plot_field

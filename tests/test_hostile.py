@@ -115,7 +115,7 @@ ALLOWED = {  # a module, and what it may call
     'nets.export': ('load', 'a file that it has written'),
     **{k: ('read_text', "the package's own file") for k in ('app.options', 'report.page')},
     'core.archives': ('ZipFile open', 'of a file that is open, and its members'),
-    **{k: ('open', 'the null device') for k in ('app.command', 'app.entry', 'core.signals')},
+    **{k: ('open', 'the null device') for k in ('app.command', 'app.entry', 'app.launch', 'core.signals')},
     'app.folder': ('open', 'the folder itself'),
     'app.job': ('open', 'the output of a run, to write'),
     'training.collect': ('load', 'bytes of the other processes of the same training'),

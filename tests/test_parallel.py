@@ -23,7 +23,7 @@ from s9_fastai.augment.keyed import KeyedDL
 from s9_fastai.augment.share import Share
 from s9_fastai.core.weights import read_tensors
 from s9_fastai.training.collect import SeenBatches, accumulate_all
-from s9_fastai.training.parallel import check_shared
+from s9_fastai.training.rank_metrics import check_shared
 
 script = Path(parallel.__file__)
 processes.server.set_forkserver_preload([*processes.preloaded, 'torch._dynamo', 'fastai.vision.all', 'fastai.tabular.all', 'fastai.text.data'])

@@ -14,7 +14,7 @@ from itertools import product
 from random import Random
 from typing import Any
 
-from .command import BadInput, _parsed
+from .command import BadInput, parse_number
 from .options import option_types
 
 # %% ../../nbs/76_app.grid.ipynb #96745218
@@ -76,7 +76,7 @@ def axis_type(
 # %% ../../nbs/76_app.grid.ipynb #f28062f5
 def _value(name, kind, text):
     if kind is str: return text
-    try: return _parsed(kind, text)
+    try: return parse_number(kind, text)
     except ArgumentTypeError as e: raise BadInput(f'argument --{name.replace("_", "-")}: {e}') from e
 
 def _range(name, kind, text):

@@ -52,7 +52,7 @@ def overlays(
 # %% ../../nbs/77_app.overlays.ipynb #66767be9
 def _write(predictor, image, probs, path):
     "The picture of the uint8 array `image` (H, W, C) with its `probs`"
-    from s9_fastai.report.cam import plot_cam_beside  # here, since it loads fastai and matplotlib
+    from s9_fastai.report.cam_plots import plot_cam_beside  # here, since it loads fastai and matplotlib
     from s9_fastai.report.labels import label
     spec, name = predictor.spec, max(probs, key=probs.get)
     colours = image/255 if image.shape[2] == 3 else image[..., 0]/255

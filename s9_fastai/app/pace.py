@@ -13,7 +13,7 @@ import torch
 from fastai.callback.core import Callback
 from fastcore.basics import patch
 
-from .command import resume_command
+from .launch import resume_command
 from ..core.cores import busy_cores, own_cores
 from ..core.events import in_fit
 

@@ -15,7 +15,7 @@ from fastai.learner import Learner
 from ..core.files import replacing
 from ..core.text import shown
 from ..report.calibration import ece, nll, plot_calibration
-from ..report.cam import plot_cam_mistakes
+from ..report.cam_plots import plot_cam_mistakes
 from ..report.confusion import most_confused, plot_confusion
 from ..report.coverage import plot_coverage
 from ..report.features import suspicious_labels

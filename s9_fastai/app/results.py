@@ -14,7 +14,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from .command import BadInput, RunFailed, n_hosts, plain_message, resume_command, shell_command
+from .command import BadInput, RunFailed, plain_message
+from .launch import n_hosts, resume_command, shell_command
 from .folder import OpenFolder
 from .inputs import class_counts
 from ..core.files import read_input, replacing

@@ -20,7 +20,7 @@ from fastcore.basics import patch
 
 from .. import __version__
 from .checked import checked, field_range
-from .command import resume_command
+from .launch import resume_command
 from .folder import in_use
 from .paths import recipe_path
 from .recipe import RECIPES, Recipe

@@ -14,7 +14,8 @@ from typing import Annotated, Any
 
 from annotated_types import Interval
 
-from .command import BadInput, RunFailed, command_parser, run_command, shell_command
+from .command import BadInput, RunFailed, command_parser, run_command
+from .launch import shell_command
 from .definition import Asked, Plan
 from .grid import OWN, parse_seeds, sweep_runs
 from .job import failure, is_done, is_pruned

@@ -8,7 +8,8 @@ __all__ = ['NET_FIELDS', 's9_train', 's9_summary', 'main_train', 'main_summary']
 # %% ../../nbs/79_app.train.ipynb #68bbca20
 from typing import Any
 
-from .command import BadInput, quiet_rank, run_command
+from .command import BadInput, run_command
+from .launch import quiet_rank
 from .given import check_paths, check_together, recipe_name
 from .options import stored_parser
 

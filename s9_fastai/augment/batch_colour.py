@@ -11,7 +11,9 @@ from dataclasses import dataclass
 import cv2, numpy as np, torch
 from fastcore.basics import patch
 
-from .batch_ops import BatchOp, _beside, _between, _colour, _words
+from ..core.tensors import as_words, on_device_of
+from .batch_helpers import channel_values, rgb_to_grey, uniform_ints
+from .batch_ops import BatchOp
 
 # %% ../../nbs/12_augment.batch_colour.ipynb #44fc0256
 @dataclass(frozen=True)
@@ -32,8 +34,8 @@ class BatchDropout(BatchOp):
     def draw(self, u, h, w):
         a, b, c, d = u[:, 1:].reshape(len(u), 4, self.holes[1]).transpose(1, 0, 2)  # (B, holes) each
         height, width = self._side(a, self.heights, h), self._side(b, self.widths, w)
-        y, x = _between(c, 0, h - height), _between(d, 0, w - width)
-        there = np.arange(self.holes[1]) < _between(u[:, :1], *self.holes)
+        y, x = uniform_ints(c, 0, h - height), uniform_ints(d, 0, w - width)
+        there = np.arange(self.holes[1]) < uniform_ints(u[:, :1], *self.holes)
         return dict(holes=np.stack([x, y, x + width, y + height], -1)*there[..., None])  # (B, holes, 4)
 
     def apply(self, x,
@@ -50,25 +52,25 @@ def _side(self:BatchDropout, u, ends, side):
     lo, hi = ends
     if hi < 1: return (side*(lo + (hi - lo)*u)).astype(np.int64)
     if lo > side: raise ValueError(f'a hole has {lo} pixels or more, but the images {side}: give smaller holes')
-    return _between(u, int(lo), int(min(hi, side)))
+    return uniform_ints(u, int(lo), int(min(hi, side)))
 
 # %% ../../nbs/12_augment.batch_colour.ipynb #db74efa5
 def _cut(x, holes, fill):
     "The images `x` with their `holes` of the colour `fill`"
     b, h, w, c = x.shape
-    words, hole = _words(x.reshape(b, h, w*c)), 0
+    words, hole = as_words(x.reshape(b, h, w*c)), 0
     for left, top, right, bottom in holes.transpose(1, 2, 0)[..., None]:  # (B, 1) each
         xs, ys = np.arange(w*c)//c, np.arange(h)
-        cols = _beside(x, np.uint8(255)*((xs >= left) & (xs < right)))  # (B, W*C)
-        rows = _beside(x, (ys >= top) & (ys < bottom))  # (B, H)
-        hole = (_words(cols)[:, None] & -rows.to(words.dtype)[..., None]) | hole  # all bits set inside
-    fill = _beside(x, np.tile(_colour(fill, c), w), np.uint8)  # (W*C,)
-    out = (words ^ _words(fill)).bitwise_and_(hole).bitwise_xor_(words)
+        cols = on_device_of(x, np.uint8(255)*((xs >= left) & (xs < right)))  # (B, W*C)
+        rows = on_device_of(x, (ys >= top) & (ys < bottom))  # (B, H)
+        hole = (as_words(cols)[:, None] & -rows.to(words.dtype)[..., None]) | hole  # all bits set inside
+    fill = on_device_of(x, np.tile(channel_values(fill, c), w), np.uint8)  # (W*C,)
+    out = (words ^ as_words(fill)).bitwise_and_(hole).bitwise_xor_(words)
     return out.view(torch.uint8).view(b, h, w, c)
 
 def _cut_one(x, holes, fill):
     "The image `x` with its `holes` (holes, 4) of the colour `fill`, in place"
-    colour = _colour(fill, x.shape[2]).tolist()
+    colour = channel_values(fill, x.shape[2]).tolist()
     for left, top, right, bottom in holes.tolist():
         if right > left and bottom > top: cv2.rectangle(x, (left, top), (right - 1, bottom - 1), colour, cv2.FILLED)
     return x
@@ -78,7 +80,7 @@ def _marked(x, holes, fill):
     "The masks `x` with their `holes` of the class `fill`"
     left, top, right, bottom = np.moveaxis(holes, 2, 0)[..., None]  # (B, holes, 1) each
     xs, ys = np.arange(x.shape[2]), np.arange(x.shape[1])
-    cols, rows = (_beside(x, o) for o in ((xs >= left) & (xs < right), (ys >= top) & (ys < bottom)))
+    cols, rows = (on_device_of(x, o) for o in ((xs >= left) & (xs < right), (ys >= top) & (ys < bottom)))
     hole = (rows[..., None] & cols[:, :, None]).any(1)  # (B, H, W)
     return x.masked_fill(hole[..., None], fill)
 
@@ -103,7 +105,7 @@ class BatchErasing(BatchOp):
         lo, hi = np.maximum(self.ratio[0], area/h**2), np.minimum(self.ratio[1], w**2/area)
         ratio = lo + (hi - lo)*u[:, 1]
         height, width = (np.rint(np.sqrt(o)).astype(np.int64) for o in (area/ratio, area*ratio))
-        y, x = _between(u[:, 2], 0, h - height), _between(u[:, 3], 0, w - width)
+        y, x = uniform_ints(u[:, 2], 0, h - height), uniform_ints(u[:, 3], 0, w - width)
         there = (least <= most) & (lo <= hi)
         return dict(holes=(np.stack([x, y, x + width, y + height], -1)*there[:, None])[:, None])  # (B, 1, 4)
 
@@ -131,7 +133,7 @@ class BatchBrightnessContrast(BatchOp):
         return dict(alpha=alpha, beta=beta)
 
     def apply(self, x, alpha, beta):
-        alpha, beta = (_beside(x, o, np.float32).view(-1, 1, 1, 1) for o in (alpha, beta*255))
+        alpha, beta = (on_device_of(x, o, np.float32).view(-1, 1, 1, 1) for o in (alpha, beta*255))
         x = x.float()
         if not self.by_max: beta = beta*x.mean((1, 2, 3), keepdim=True)/255
         return x.mul_(alpha).add_(beta).clamp_(0, 255).to(torch.uint8)
@@ -141,17 +143,10 @@ class BatchBrightnessContrast(BatchOp):
         values = np.arange(256, dtype=np.float32)*np.float32(alpha) + np.float32(beta*255)
         return cv2.LUT(x, values.clip(0, 255).astype(np.uint8), dst=x)
 
-# %% ../../nbs/12_augment.batch_colour.ipynb #20befbe8
-def _grey(x):
-    "The brightness of the RGB images `x`, int32 (B, H, W)"
-    if x.shape[3] != 3: raise ValueError(f'the images have {x.shape[3]} channels, but colours need 3: use ImageBlock')
-    r, g, b = x.int().unbind(3)
-    return (9798*r + 19235*g + 3735*b + 16384) >> 15
-
 # %% ../../nbs/12_augment.batch_colour.ipynb #26ca1ffb
 @dataclass(frozen=True)
 class BatchGrey(BatchOp):
     "Makes RGB images grey"
     p:float=0.5 # How likely an image is hit
 
-    def apply(self, x): return _grey(x).to(torch.uint8)[..., None].repeat(1, 1, 1, 3)
+    def apply(self, x): return rgb_to_grey(x).to(torch.uint8)[..., None].repeat(1, 1, 1, 3)

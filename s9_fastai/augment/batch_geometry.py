@@ -12,12 +12,14 @@ import cv2, numpy as np, torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 
-from .batch_ops import BatchOp, _beside, _between, _colour, _inside
+from ..core.tensors import on_device_of
+from .batch_helpers import border_interpolate, channel_values, uniform_ints
+from .batch_ops import BatchOp
 
 # %% ../../nbs/12_augment.batch_geometry.ipynb #3ea98291
 _borders = {'constant': cv2.BORDER_CONSTANT, 'replicate': cv2.BORDER_REPLICATE, 'reflect_101': cv2.BORDER_REFLECT_101}
 
-def _values(fill, c): return _colour(fill, c).tolist()
+def _values(fill, c): return channel_values(fill, c).tolist()
 
 # %% ../../nbs/12_augment.batch_geometry.ipynb #306fbb07
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class BatchAffine(BatchOp):
         lo, hi = np.array([*self.scale, *self.shift, self.rotate]).T
         v = lo + (hi - lo)*u  # (B, 5)
         scale, shift = v[:, [0, 0] if self.keep_ratio else [0, 1]], v[:, 2:4]*(w, h)
-        if self.unit == 'px': shift = _between(u[:, 2:4], lo[2:4], hi[2:4])
+        if self.unit == 'px': shift = uniform_ints(u[:, 2:4], lo[2:4], hi[2:4])
         return dict(scale=scale, shift=np.trunc(shift) if self.unit == 'whole' else shift, rotate=v[:, 4])
 
     def apply(self, x, scale, shift, rotate):
@@ -75,9 +77,9 @@ _padding = {'constant': 'zeros', 'replicate': 'border', 'reflect_101': 'reflecti
 @patch
 def _sampled(self:BatchAffine, x, cols, rows):
     "The images `x` at the places that `grid` gave"
-    cols, rows = (_beside(x, o, np.float32) for o in (cols, rows))
+    cols, rows = (on_device_of(x, o, np.float32) for o in (cols, rows))
     grid = (cols[:, :, None] + rows[..., None]).permute(1, 2, 3, 0)  # (B, H, W, 2)
-    fill = _beside(x, _colour(self.fill, x.shape[3]), np.float32) if self.border == 'constant' else None
+    fill = on_device_of(x, channel_values(self.fill, x.shape[3]), np.float32) if self.border == 'constant' else None
     out = (x.float() if fill is None else x - fill).permute(0, 3, 1, 2)  # (B, C, H, W)
     out = F.grid_sample(out, grid, padding_mode=_padding[self.border], align_corners=True)
     out = out.permute(0, 2, 3, 1).contiguous()  # (B, H, W, C)
@@ -90,9 +92,10 @@ def apply_mask(self:BatchAffine, x, scale, shift, rotate):
     sides = np.array([w, h])[:, None, None]
     cols, rows = (o*np.maximum(sides - 1, 1)/2 for o in self.grid(h, w, scale, shift, rotate))  # pixels from the middle
     first = cols[..., :1]
-    cols, rows = (_beside(x, o, np.float32) for o in (cols - first, rows + first + (sides - 1)/2))
+    cols, rows = (on_device_of(x, o, np.float32) for o in (cols - first, rows + first + (sides - 1)/2))
     px, py = (cols[:, :, None] + rows[..., None]).round_().long()  # (B, H, W) each
-    out = x[_beside(x, np.arange(len(x)))[:, None, None], _inside(py, h, self.border), _inside(px, w, self.border)]
+    rows, cols = border_interpolate(py, h, self.border), border_interpolate(px, w, self.border)
+    out = x[on_device_of(x, np.arange(len(x)))[:, None, None], rows, cols]
     if self.border != 'constant': return out
     outside = (px < 0) | (px >= w) | (py < 0) | (py >= h)
     return out.masked_fill_(outside[..., None], self.fill_mask)
@@ -115,14 +118,14 @@ class BatchCrop(BatchOp):
         if min(dx, dy) < 0:
             raise ValueError(f'the crop is {self.height}x{self.width}, but the images are {h}x{w}: '
                              f'put a PadIfNeeded({self.height}, {self.width}) before it')
-        return dict(y=_between(u[:, 0], 0, dy), x0=_between(u[:, 1], 0, dx)) if self.random else {}
+        return dict(y=uniform_ints(u[:, 0], 0, dy), x0=uniform_ints(u[:, 1], 0, dx)) if self.random else {}
 
     def apply(self, x, y=None, x0=None):
         if not self.random:
             y, x0 = (x.shape[1] - self.height)//2, (x.shape[2] - self.width)//2
             return x[:, y:y+self.height, x0:x0+self.width].contiguous()
         windows = x.unfold(1, self.height, 1).unfold(2, self.width, 1)  # (B, y, x0, C, H', W')
-        chosen = tuple(_beside(x, o) for o in (np.arange(len(x)), y, x0))
+        chosen = tuple(on_device_of(x, o) for o in (np.arange(len(x)), y, x0))
         return windows.permute(0, 1, 2, 4, 5, 3)[chosen].contiguous()
 
     def one(self, x, y=None, x0=None):
@@ -156,11 +159,12 @@ class BatchPad(BatchOp):
         (h, w), (height, width) = x.shape[1:3], self.size(*x.shape[1:3])
         top, left = (height - h)//2, (width - w)//2
         if self.border == 'constant':
-            out = _beside(x, _colour(fill, x.shape[3]), np.int64).to(x.dtype).repeat(len(x), height, width, 1)
+            colour = on_device_of(x, channel_values(fill, x.shape[3]), np.int64).to(x.dtype)
+            out = colour.repeat(len(x), height, width, 1)
             out[:, top:top+h, left:left+w] = x
             return out
         rows, cols = self._source(h, top, height), self._source(w, left, width)
-        x, out = x.index_select(1, _beside(x, rows)), x.new_empty(len(x), height, width, x.shape[3])
+        x, out = x.index_select(1, on_device_of(x, rows)), x.new_empty(len(x), height, width, x.shape[3])
         out[:, :, left:left+w] = x
         for i in (*range(left), *range(left + w, width)): out[:, :, i] = x[:, :, cols[i]]
         return out
@@ -169,4 +173,4 @@ class BatchPad(BatchOp):
 @patch
 def _source(self:BatchPad, n, before, size):
     "For each of `size` places the one of `n` it is a copy of"
-    return _inside(np.arange(size) - before, n, self.border)
+    return border_interpolate(np.arange(size) - before, n, self.border)

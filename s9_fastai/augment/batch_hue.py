@@ -10,8 +10,9 @@ from dataclasses import dataclass
 
 import numpy as np, torch
 
-from .batch_colour import _grey
-from .batch_ops import BatchOp, _beside
+from ..core.tensors import on_device_of
+from .batch_helpers import rgb_to_grey
+from .batch_ops import BatchOp
 
 # %% ../../nbs/13_augment.batch_hue.ipynb #5068af82
 _i = torch.arange(256).clamp(min=1)
@@ -54,8 +55,8 @@ class BatchHueSaturationValue(BatchOp):
 
     def apply(self, x, hue, saturation, value):
         shifts = hue, np.trunc(saturation), np.trunc(value)
-        hue, saturation, value = (_beside(x, o).view(-1, 1, 1) for o in shifts)
-        _grey(x[:, :1, :1])  # are there three channels?
+        hue, saturation, value = (on_device_of(x, o).view(-1, 1, 1) for o in shifts)
+        rgb_to_grey(x[:, :1, :1])  # are there three channels?
         h, s, v = _to_hsv(x)
         s = torch.where(s == 0, 0, (s + saturation).clamp(0, 255))
         new = _to_rgb(((h + hue) % 180).floor(), s, (v + value).clamp(0, 255))
@@ -81,22 +82,22 @@ class BatchColorJitter(BatchOp):
         factors:np.ndarray, # float64 (B, 4): brightness, contrast, saturation, hue
         order:np.ndarray, # int (B, 4): which of the four is first, second, ...
     ):
-        _grey(x[:, :1, :1])  # are there three channels?
+        rgb_to_grey(x[:, :1, :1])  # are there three channels?
         x, steps = x.clone(), (_brighter, _contrasted, _saturated, _turned)
         for step in order.T:
             for k, f in enumerate(steps):
                 rows = np.flatnonzero((step == k) & (factors[:, k] != (0 if k == 3 else 1)))
                 if not len(rows): continue
-                factor, rows = _beside(x, factors[rows, k]).view(-1, 1, 1, 1), _beside(x, rows)
+                factor, rows = on_device_of(x, factors[rows, k]).view(-1, 1, 1, 1), on_device_of(x, rows)
                 x[rows] = f(x[rows], factor)
         return x
 
 def _bytes(x): return x.clamp(0, 255).to(torch.uint8)
 def _brighter(x, factor): return _bytes(x*factor.float())
 def _contrasted(x, factor):
-    mean = _grey(x).double().mean((1, 2)).view(-1, 1, 1, 1)
+    mean = rgb_to_grey(x).double().mean((1, 2)).view(-1, 1, 1, 1)
     return _bytes((x*factor.float()).double() + mean*(1 - factor))
-def _saturated(x, factor): return _bytes((x*factor + _grey(x)[..., None]*(1 - factor)).round())
+def _saturated(x, factor): return _bytes((x*factor + rgb_to_grey(x)[..., None]*(1 - factor)).round())
 def _turned(x, factor):
     h, s, v = _to_hsv(x)
     return _to_rgb(((h + 180*factor[..., 0]) % 180).floor(), s, v)

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 import numpy as np, torch
 import torch.nn.functional as F
 
-from .batch_ops import BatchOp, _beside, _between, _inside
+from ..core.tensors import on_device_of
+from .batch_helpers import border_interpolate, uniform_ints
+from .batch_ops import BatchOp
 
 # %% ../../nbs/12_augment.batch_noise.ipynb #d7fbdc91
 def _mixed(z):
@@ -51,8 +53,8 @@ class BatchNoise(BatchOp):
 
     def apply(self, x, std, mean, seed):
         b, h, w, c = x.shape
-        noise = _normals(_beside(x, seed), h*w*(c if self.per_channel else 1)).view(b, h, w, -1)
-        std, mean = (_beside(x, o, np.float32).view(-1, 1, 1, 1) for o in (std, mean))
+        noise = _normals(on_device_of(x, seed), h*w*(c if self.per_channel else 1)).view(b, h, w, -1)
+        std, mean = (on_device_of(x, o, np.float32).view(-1, 1, 1, 1) for o in (std, mean))
         return _added(x, (noise*std + mean)*255)
 
 def _added(x, noise): return (x + noise.trunc()).clamp_(0, 255).to(torch.uint8)
@@ -75,14 +77,15 @@ class BatchBlur(BatchOp):
 
     def draw(self, u, h, w):
         sigma = self.sigma[0] + (self.sigma[1] - self.sigma[0])*u[:, 0]
-        size = _between(u[:, 1], *self.sizes)
+        size = uniform_ints(u[:, 1], *self.sizes)
         return dict(sigma=sigma, size=np.where(size, size, 2*(3.5*sigma).astype(np.int64)) | 1)
 
     def apply(self, x, sigma, size):
         b, h, w, c = x.shape
-        k = _beside(x, _kernels(sigma, size), np.float32).repeat_interleave(c, 0)[:, None, None]  # (B*C, 1, 1, K)
-        rows, cols = (_inside(np.arange(n + k.shape[3] - 1) - k.shape[3]//2, n, 'reflect_101') for n in (h, w))
-        x = x.index_select(1, _beside(x, rows)).index_select(2, _beside(x, cols))
+        k = on_device_of(x, _kernels(sigma, size), np.float32).repeat_interleave(c, 0)[:, None, None]  # (B*C, 1, 1, K)
+        half = k.shape[3]//2
+        rows, cols = (border_interpolate(np.arange(-half, n + half), n, 'reflect_101') for n in (h, w))
+        x = x.index_select(1, on_device_of(x, rows)).index_select(2, on_device_of(x, cols))
         x = x.permute(0, 3, 1, 2).reshape(1, b*c, len(rows), len(cols)).float()
         x = F.conv2d(F.conv2d(x, k, groups=b*c), k.transpose(2, 3), groups=b*c)
         return x.view(b, c, h, w).permute(0, 2, 3, 1).round_().clamp_(0, 255).to(torch.uint8).contiguous()

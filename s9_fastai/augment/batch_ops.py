@@ -12,34 +12,8 @@ from typing import Any
 import cv2, numpy as np, torch
 from fastcore.basics import patch
 
-# %% ../../nbs/11_augment.batch_ops.ipynb #c59df2d6
-def _between(u, lo, hi):
-    "Whole numbers from `lo` to `hi`, both included"
-    return lo + np.floor(u*(hi - lo + 1)).astype(np.int64)
-
-# %% ../../nbs/11_augment.batch_ops.ipynb #6da2ac4c
-def _words(x):
-    "`x` (..., n), contiguous, as 64-bit words if `n` divides by 8"
-    return x.view(torch.int64) if x.shape[-1] % 8 == 0 else x
-
-# %% ../../nbs/11_augment.batch_ops.ipynb #c1316e2a
-def _beside(x, a, dtype=None):
-    "The array `a` as a tensor on the device of `x`"
-    a = torch.from_numpy(a if dtype is None else a.astype(dtype))
-    return a.to(x.device, non_blocking=x.device.type == 'cuda')  # numbers are copied before it returns, without a wait
-
-# %% ../../nbs/11_augment.batch_ops.ipynb #28d020b4
-def _colour(fill, c):
-    "`fill` as an array (C,)"
-    if np.ndim(fill) and len(fill) != c:
-        raise ValueError(f'fill is {fill}, but the images have {c} channels: give one number, or {c}')
-    return np.broadcast_to(np.asarray(fill), (c,))
-
-# %% ../../nbs/11_augment.batch_ops.ipynb #2cf759aa
-def _inside(i, n, border):
-    "For each place of the array or tensor `i` the one of 0 to `n` - 1 whose pixel is there"
-    if border != 'reflect_101': return i.clip(0, n - 1)
-    return (n - 1) - abs(i % max(2*n - 2, 1) - (n - 1))
+from ..core.tensors import as_words, on_device_of
+from .batch_helpers import uniform_ints
 
 # %% ../../nbs/11_augment.batch_ops.ipynb #2ed68be5
 class BatchOp:
@@ -102,9 +76,9 @@ def to_rows(self:BatchOp, x, rows, are_masks=False, **par):
     if self.one and not are_masks and _one_by_one(x): return self.each(x, rows, **par)
     if len(rows) == len(x): return apply(x, **par)
     if not len(rows): return x
-    rows = _beside(x, rows)
+    rows = on_device_of(x, rows)
     new = apply(x.index_select(0, rows), **par)
-    _words(x.view(len(x), -1))[rows] = _words(new.view(len(rows), -1))
+    as_words(x.view(len(x), -1))[rows] = as_words(new.view(len(rows), -1))
     return x
 
 # %% ../../nbs/11_augment.batch_ops.ipynb #befc4e4b
@@ -149,13 +123,13 @@ class BatchTurn(BatchOp):
 
     def draw(self, u, h, w):
         _check_square(self, h, w)
-        return dict(quarters=_between(u[:, 0], 0, 3))
+        return dict(quarters=uniform_ints(u[:, 0], 0, 3))
 
     def apply(self, x,
         quarters:np.ndarray, # int (B,), from 0 to 3
     ):
         out = x.clone()
         for k in (1, 2, 3):
-            rows = _beside(x, np.flatnonzero(quarters == k))
+            rows = on_device_of(x, np.flatnonzero(quarters == k))
             out[rows] = x[rows].rot90(k, (1, 2))
         return out

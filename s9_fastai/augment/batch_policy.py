@@ -16,7 +16,7 @@ from .batch_noise import BatchBlur, BatchNoise
 from .batch_ops import BatchFlip, BatchTranspose, BatchTurn
 from .batch_resize import BatchResize, BatchResizedCrop
 from .item import AlternatingFlip, SubpixelAffine
-from .pipelines import check_pipeline, check_scaling, _params_of
+from .pipelines import check_pipeline, check_scaling, target_params
 
 # %% ../../nbs/15_augment.batch_policy.ipynb #83bc7599
 _remedy = "augment item by item instead, with AlbumentationsTransform (augment='item')"
@@ -174,7 +174,7 @@ def read_policy(
     "The twins of the transforms in `compose`; ValueError for one that has none, TypeError unless it is a composition"
     check_pipeline(compose)
     if compose.processors:
-        raise ValueError(f'{type(compose).__name__} has {_params_of(compose)}, but only images and their masks go '
+        raise ValueError(f'{type(compose).__name__} has {target_params(compose)}, but only images and their masks go '
                          f'through on whole batches: leave that out, or {_remedy}')
     check_scaling(compose, None)  # a batch transform changes training images alone
     if type(compose).__name__ != 'Compose':

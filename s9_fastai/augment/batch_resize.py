@@ -11,7 +11,8 @@ from dataclasses import dataclass
 import cv2, numpy as np, torch
 import torch.nn.functional as F
 
-from .batch_ops import BatchOp, _beside
+from ..core.tensors import on_device_of
+from .batch_ops import BatchOp
 
 # %% ../../nbs/13_augment.batch_resize.ipynb #78fb01ea
 def _spread(n, start, side, nearest=False):
@@ -23,7 +24,7 @@ def _spread(n, start, side, nearest=False):
 def _bilinear(x, rows, cols):
     "The images `x` (B, H, W, C) at the places `rows` (B, H') and `cols` (B, W'), pixels"
     h, w = x.shape[1:3]
-    rows, cols = (_beside(x, o*2/max(n - 1, 1) - 1, np.float32) for o, n in ((rows, h), (cols, w)))
+    rows, cols = (on_device_of(x, o*2/max(n - 1, 1) - 1, np.float32) for o, n in ((rows, h), (cols, w)))
     grid = torch.stack(torch.broadcast_tensors(cols[:, None], rows[..., None]), -1)  # (B, H', W', 2)
     out = F.grid_sample(x.permute(0, 3, 1, 2).float(), grid, padding_mode='border', align_corners=True)
     return out.permute(0, 2, 3, 1).round_().to(torch.uint8).contiguous()
@@ -45,8 +46,8 @@ class BatchResize(BatchOp):
         return _bilinear(x, *self._places(x, box))
 
     def apply_mask(self, x, box=None):
-        rows, cols = (_beside(x, o, np.int64) for o in self._places(x, box, nearest=True))
-        return x[_beside(x, np.arange(len(x)))[:, None, None], rows[..., None], cols[:, None]]
+        rows, cols = (on_device_of(x, o, np.int64) for o in self._places(x, box, nearest=True))
+        return x[on_device_of(x, np.arange(len(x)))[:, None, None], rows[..., None], cols[:, None]]
 
     def one(self, x, box=None):
         top, left, h, w = (0, 0, *x.shape[:2]) if box is None else box

@@ -18,7 +18,7 @@ from fastai.data.load import _FakeLoader
 from fastcore.basics import patch
 from fastcore.xtras import ReindexCollection
 
-from .keys import item_keys, item_seed, seed_global, under_key, _hash
+from .keys import hash128, item_keys, item_seed, seed_global, under_key
 from .share import Share
 from ..core.generators import random_kept
 
@@ -33,7 +33,7 @@ def _place(s):
     "A whole number for what `get_idxs` gives"
     if s is None: return 0
     try: return index(s)
-    except TypeError: return _hash(repr(s).encode()) >> 65
+    except TypeError: return hash128(repr(s).encode()) >> 65
 
 # %% ../../nbs/11_augment.keyed.ipynb #4c0772ef
 class KeyedDL(TfmdDL):

@@ -25,9 +25,9 @@ from fasttransform.transform import compose_tfms
 
 from ..core.checks import COUNT, check_number
 from ..core.environment import get_device
+from ..core.tensors import on_device_of
 from ..augment.item import AlbumentationsTransform
 from ..augment.batch import BatchAugment
-from ..augment.batch_ops import _beside
 from ..augment.keyed import KeyedDL
 from ..augment.keys import item_seed, under_key
 from ..augment.policies import augmentation
@@ -156,10 +156,10 @@ def placed_items(self:ArrayDL, numbers):
             if x is None:
                 x = images.new_empty(len(numbers), *images.shape[1:])
                 y = np.empty((len(numbers), *part.labels.shape[1:]), part.labels.dtype)
-            x[_beside(x, at)] = images.index_select(0, _beside(x, idxs))
+            x[on_device_of(x, at)] = images.index_select(0, on_device_of(x, idxs))
             y[at] = part.labels[idxs]
         first += len(part.labels)
-    return TensorImage(x.permute(0, 3, 1, 2)), _beside(x, y)
+    return TensorImage(x.permute(0, 3, 1, 2)), on_device_of(x, y)
 
 # %% ../../nbs/27_data.arrays.ipynb #254009bd
 @patch

@@ -14,9 +14,9 @@ from fastcore.basics import first
 from matplotlib.figure import Figure
 
 from ..core.checks import COUNT, check_number
+from .grids import title_width
 from .labels import label
 from .loader import check_items, kept_loader, plain_loader
-from .mistakes import _width
 from .plots import Picture, save_picture
 
 # %% ../../nbs/39_report.augmentations.ipynb #5a3f6d50
@@ -70,7 +70,7 @@ def show_augmentations(
     rows = {'': dls} if isinstance(dls, DataLoaders) else dict(dls)
     if not rows: raise ValueError('dls is empty: give a DataLoaders, or a dictionary of them by name')
     for o in rows.values(): check_items(o, [idx], 0)
-    width = _width([label(nm) for nm in rows], 0.) if any(rows) else 0.  # of the names
+    width = title_width([label(nm) for nm in rows], 0.) if any(rows) else 0.  # of the names
     fig = Picture(figsize=(_side*(n + 1) + width, 1.1*len(rows) + 0.2), dpi=100, layout='constrained')
     titles = ['plain', *(f'epoch {i + 1}' for i in range(n))]  # above the first row
     for i, (axs, (name, o)) in enumerate(zip(fig.subplots(len(rows), n + 1, squeeze=False), rows.items())):

@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from ..core.checks import COUNT, check_number
 from .intervals import wilson
 from .outputs import Outputs, check_outputs
-from .plots import _blue, _grey, new_axes
+from .plots import Colours, new_axes
 
 # %% ../../nbs/39_report.calibration.ipynb #239bdd8b
 def calibration(
@@ -113,10 +113,11 @@ def plot_calibration(
     df = calibration(outputs, n_bins)
     low, high = wilson((df.accuracy*df.n).fillna(0).round(), df.n, level)
     ax, some = new_axes(ax, (5, 5)), df.n > 0
-    ax.bar(df.low, df.n/df.n.sum(), width=1/n_bins, align='edge', color=_grey, alpha=0.25, label='share of the items')
-    ax.plot([0, 1], [0, 1], '--', color=_grey, lw=1, label='accuracy = confidence')
-    ax.vlines(df.confidence[some], low[some], high[some], color=_blue, lw=1.2, alpha=0.7)
-    ax.plot(df.confidence[some], df.accuracy[some], 'o-', color=_blue, lw=1.4, ms=5,
+    ax.bar(df.low, df.n/df.n.sum(), width=1/n_bins, align='edge', color=Colours.grey, alpha=0.25,
+           label='share of the items')
+    ax.plot([0, 1], [0, 1], '--', color=Colours.grey, lw=1, label='accuracy = confidence')
+    ax.vlines(df.confidence[some], low[some], high[some], color=Colours.blue, lw=1.2, alpha=0.7)
+    ax.plot(df.confidence[some], df.accuracy[some], 'o-', color=Colours.blue, lw=1.4, ms=5,
             label=f'accuracy, {100*level:g}% interval')
     ax.set(xlabel='confidence', ylabel='accuracy', xlim=(0, 1), ylim=(0, 1), aspect='equal')
     scores = f'ECE {ece(outputs, n_bins):.2%}, Brier score {brier(outputs):.3f}, NLL {nll(outputs):.3f}'

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 
-from .plots import Picture, _names, _score, _tidy, read_history, save_picture
+from .plots import SCORES, Colours, Picture, read_history, save_picture, score_of, tidy_panel
 
 # %% ../../nbs/38_report.compare.ipynb #33d820fa
 class RunComparison(NamedTuple):
@@ -24,7 +24,7 @@ class RunComparison(NamedTuple):
 # %% ../../nbs/38_report.compare.ipynb #f60e32b6
 def _scores(df):
     "The row of one history"
-    nm = f'valid_{_score(df)}'
+    nm = f'valid_{score_of(df)}'
     best = df[nm].idxmax() if df[nm].notna().any() else df.index[-1]
     last = df.iloc[-1]
     return {'epochs': int(last.epoch), nm: last[nm], f'best_{nm}': df[nm][best], 'best_epoch': int(df.epoch[best]),
@@ -56,7 +56,7 @@ def compare_histories(
     return RunComparison(curves, _differences(known), pd.DataFrame({nm: _scores(df) for nm, df in read.items()}).T)
 
 # %% ../../nbs/38_report.compare.ipynb #9524f59d
-_palette = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#8C6D31'
+_palette = Colours.blue, Colours.orange, '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#000000', '#8C6D31'
 
 def _styles(comparison):
     "How the lines of each run look, by its name"
@@ -94,9 +94,9 @@ def plot_comparison(
     "Loss, score and learning rate of the runs over each other"
     fig = Picture(figsize=(10, 3.6), dpi=100, layout='constrained')
     loss, acc, lr = fig.subplots(1, 3)
-    score = _score(comparison.curves)
-    titles = 'loss (pale: training)', f'{_names[score]} in %', 'learning rate'
-    for ax, title in zip(fig.axes, titles): _tidy(ax, title, comparison.curves)
+    score = score_of(comparison.curves)
+    titles = 'loss (pale: training)', f'{SCORES[score]} in %', 'learning rate'
+    for ax, title in zip(fig.axes, titles): tidy_panel(ax, title, comparison.curves)
     for ax, column, scale in ((loss, 'loss', 1.), (acc, score, 100.)):
         _draw_runs(ax, comparison, f'train_{column}', scale, alpha=0.35)
         for o in ax.lines: o.set_label('_training')

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from .intervals import wilson
 from .outputs import Outputs, check_outputs
-from .plots import _blue, _orange, new_axes
+from .plots import Colours, new_axes
 
 # %% ../../nbs/39_report.coverage.ipynb #f046c382
 def coverage(
@@ -41,10 +41,10 @@ def plot_coverage(
     df, marks = coverage(outputs), coverage(outputs, [0.5, 0.9, 0.99])
     low, high = wilson(df.right, df.n, level)
     ax = new_axes(ax, (5.5, 4))
-    ax.fill_between(df.coverage, low, high, color=_blue, alpha=0.18, lw=0, label=f'{100*level:g}% interval')
-    ax.plot(df.coverage, df.accuracy, '-' if len(df) > 1 else '.', color=_blue, lw=1.6, label='accuracy')
+    ax.fill_between(df.coverage, low, high, color=Colours.blue, alpha=0.18, lw=0, label=f'{100*level:g}% interval')
+    ax.plot(df.coverage, df.accuracy, '-' if len(df) > 1 else '.', color=Colours.blue, lw=1.6, label='accuracy')
     marks = marks[marks.n > 0]
-    ax.plot(marks.coverage, marks.accuracy, 'o', color=_orange, ms=6, label='threshold of the confidence')
+    ax.plot(marks.coverage, marks.accuracy, 'o', color=Colours.orange, ms=6, label='threshold of the confidence')
     for o in marks.itertuples():
         ax.annotate(f'{o.threshold:.0%}', (o.coverage, o.accuracy), (4, 6), textcoords='offset points', fontsize=9)
     bottom = max(0, df.accuracy.min() - 0.05)

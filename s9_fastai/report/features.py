@@ -18,13 +18,13 @@ from torch import nn
 from torch.nn import functional as F
 
 from ..core.checks import COUNT, check_number
+from ..core.kept import eval_mode
 from .calls import model_of
+from .grids import title_width
 from .inputs import seen_items
 from .labels import label
 from .loader import class_names, plain_loader
-from .mistakes import _width
 from .plots import Picture, save_picture
-from .summary import _eval_mode
 
 # %% ../../nbs/39_report.features.ipynb #97e2ae1d
 @contextmanager
@@ -54,7 +54,7 @@ def features(
     model, found = model_of(model), []
     device = next(model.parameters(), torch.empty(0)).device
     with plain_loader(dl) if isinstance(dl, DataLoader) else nullcontext(dl) as batches:
-        with _eval_mode(model), _noted_inputs(model) as last:
+        with eval_mode(model), _noted_inputs(model) as last:
             for b in batches:
                 x = to_device(b[0] if isinstance(b, (tuple, list)) else b, device)
                 last[0] = None
@@ -126,7 +126,7 @@ def plot_similar(
     _draw_image(axs[0], query.images[0], f'item {idx}\n{own[0] if own else ""}')
     for i, (ax, image) in enumerate(zip(axs[1:], near.images)):
         _draw_image(ax, image, f'{names[i] if names else ""}\n{cosines[0, i]:.2f} (item {idxs[0, i]})')
-    fig.set_figwidth((k + 1)*_width([ax.get_title() for ax in axs], 1.4))
+    fig.set_figwidth((k + 1)*title_width([ax.get_title() for ax in axs], 1.4))
     return save_picture(fig, path)
 
 # %% ../../nbs/39_report.features.ipynb #034009a9

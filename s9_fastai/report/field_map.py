@@ -11,15 +11,17 @@ from typing import NamedTuple
 
 import numpy as np, torch
 from fastai.learner import Learner
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from ..core.kept import eval_mode
 from .calls import as_map, block_maps, model_of, noted
 from .inputs import pictures
-from .plots import Picture, save_picture
-from .summary import _eval_mode, _trace
+from .plots import Colours, Picture, save_picture
+from .trace import trace_of
 
 # %% ../../nbs/38_report.field_map.ipynb #fa2497be
 _as_is = re.compile('((leaky_|p|r)?relu6?|c?elu|[sg]elu|silu|mish|(hard|log)?(sigmoid|tanh|swish)|softplus|'
@@ -91,9 +93,9 @@ def _box(spans, hw):
 def _boxes(model, shape):
     "The squares of all modules by name, from one forward pass"
     p = next(model.parameters(), torch.empty(0))
-    with _eval_mode(model), noted(model) as calls:
+    with eval_mode(model), noted(model) as calls:
         x = torch.zeros(1, *shape, dtype=p.dtype, device=p.device)
-        trace = _trace(model, [x], (x,), {})
+        trace = trace_of(model, [x], (x,), {})
         return {c.name: _box(trace.fields.get(c.out), c.out.shape[2:]) for c in calls if c.out.ndim == 4}
 
 def _paths(m, x):
@@ -129,15 +131,13 @@ def field_maps(
     model, (shape, _) = model_of(model), _image(image)
     device = next(model.parameters(), torch.empty(0)).device
     boxes = _boxes(model, shape)
-    with _eval_mode(model), torch.inference_mode(False), torch.enable_grad():
+    with eval_mode(model), torch.inference_mode(False), torch.enable_grad():
         x = torch.ones(1, *shape, dtype=torch.float64, device=device, requires_grad=True)
         with noted(model) as calls, _Even(): model(x)
         found = [FieldMap(nm, _paths(m, x), boxes.get(nm)) for nm, m in _chosen(calls, layers, shape[1:])]
     return _growing(found) if layers is None else found
 
 # %% ../../nbs/38_report.field_map.ipynb #09fefdbb
-_blue, _orange = (0, 0.447, 0.698), '#D55E00'
-
 def _limits(field):
     "Rows and columns of a panel, first and last: the image and the square, at most an image beyond it"
     h, w = field.paths.shape
@@ -148,10 +148,10 @@ def _draw_field(ax, field, image):
     "One panel"
     ends, alpha = _limits(field), field.seen*(0.2 + 0.75*field.paths)
     ax.imshow(image if image.ndim == 2 else image.mean(2), 'gray', vmin=0, vmax=1, alpha=0.7)
-    ax.imshow(np.dstack([np.broadcast_to(_blue, (*alpha.shape, 3)), alpha]), interpolation='nearest')
+    ax.imshow(np.dstack([np.broadcast_to(to_rgb(Colours.blue), (*alpha.shape, 3)), alpha]), interpolation='nearest')
     if field.box:
         top, _, left, _ = field.box
-        ax.add_patch(Rectangle((left - 0.5, top - 0.5), *field.size[::-1], fill=False, ec=_orange, lw=1.6))
+        ax.add_patch(Rectangle((left - 0.5, top - 0.5), *field.size[::-1], fill=False, ec=Colours.orange, lw=1.6))
     ax.set(xlim=(ends[2] - 1, ends[3] + 1), ylim=(ends[1] + 1, ends[0] - 1))
     ax.set_axis_off()
     ax.set_title(f'{field.name}: {field.size[0]}x{field.size[1]}', fontsize=8, parse_math=False)

@@ -16,10 +16,10 @@ from matplotlib.ticker import MaxNLocator
 
 from ..core.events import in_fit
 from ..core.text import IN_NOTEBOOK
-from .plots import Picture, save_picture
+from .plots import Colours, Picture, save_picture
 
 # %% ../../nbs/39_report.live.ipynb #839e2294
-_colours = {'train': '#0072B2', 'valid': '#D55E00'}  # of training and of validation
+_colours = {'train': Colours.blue, 'valid': Colours.orange}
 
 def _parts(name):
     "The metric of a column and the set that it is of; '' for one that is of neither"
@@ -42,7 +42,7 @@ def _draw(ax, df, x, names, title):
         part = _parts(nm)[1]
         label = {'train': 'training', 'valid': 'validation'}.get(part, nm)
         style = '.-' if len(df) < 30 else '-'
-        ax.plot(df[x], df[nm], style, color=_colours.get(part, '#4D4D4D'), lw=1.3, ms=5, label=label)
+        ax.plot(df[x], df[nm], style, color=_colours.get(part, Colours.grey), lw=1.3, ms=5, label=label)
     ax.set_title(title.replace('_', ' '), loc='left', fontsize=10, parse_math=False)
     ax.set_xlabel(x)
     ax.xaxis.set_major_locator(MaxNLocator(5, integer=True))

@@ -10,8 +10,8 @@ import numpy as np, pandas as pd
 from matplotlib.figure import Figure
 
 from ..core.checks import COUNT, check_number
+from .grids import image_grid
 from .labels import label, percent
-from .mistakes import _draw_grid
 from .outputs import Outputs, check_outputs
 
 # %% ../../nbs/39_report.losses.ipynb #aff3e2d8
@@ -38,4 +38,4 @@ def plot_highest_losses(
         raise ValueError(f'dset has {len(dset)} items, but must have {len(outputs)}, as outputs: give the same set')
     titles = [f'true: {label(o.true)} (loss {o.loss:.2f})\npredicted: {label(o.predicted)} ({percent(o.prob)})'
               for o in df.itertuples(index=False)]
-    return _draw_grid(dset, df['index'], titles, f'{len(df):,} of {len(outputs):,} items, the highest loss first')
+    return image_grid(dset, df['index'], titles, f'{len(df):,} of {len(outputs):,} items, the highest loss first')

@@ -6,19 +6,16 @@
 __all__ = ['misclassified', 'plot_misclassified', 'untouched']
 
 # %% ../../nbs/38_report.mistakes.ipynb #67d4ceb9
-import math
-
-import PIL.Image
-import numpy as np, pandas as pd, torch
+import numpy as np, pandas as pd
 from fastai.learner import Learner
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from ..core.checks import COUNT, check_number
+from .grids import image_grid
 from .labels import label, percent
 from .loader import class_names
-from .outputs import untouched, whole_set, _check_targets
-from .plots import Picture, save_picture
+from .outputs import check_class_targets, untouched, whole_set
+from .plots import save_picture
 
 _all_ = ['untouched']
 
@@ -45,88 +42,17 @@ def misclassified(
 )->pd.DataFrame: # A row a mistake: index in that set, true, predicted, prob (0 to 1)
     "The wrong predictions of `learn` on set `ds_idx`, the surest first; ValueError for other targets or no such set"
     with whole_set(learn, ds_idx) as dl:
-        _check_targets(learn, dl, 'misclassified')
+        check_class_targets(learn, dl, 'misclassified')
         probs, targs, preds = _predictions(learn, dl)
     idx, name = np.flatnonzero(preds != targs), _class_namer(learn.dls)  # (mistakes,)
     df = pd.DataFrame(dict(index=idx, true=[name(i) for i in targs[idx]], predicted=[name(i) for i in preds[idx]],
                            prob=probs[idx, preds[idx]]))
     return df.sort_values('prob', ascending=False, kind='stable', ignore_index=True)
 
-# %% ../../nbs/38_report.mistakes.ipynb #dd2d68fd
-_coded = 'P', 'PA', 'CMYK', 'YCbCr', 'LAB', 'HSV', 'LA', 'La', 'RGBa'  # PIL's modes that are not grey, RGB or RGBA
-
-def _array(x):
-    "The image `x` as (H, W) or (H, W, channels); None for what is no image"
-    if isinstance(x, PIL.Image.Image): x = np.asarray(x.convert('RGB') if x.mode in _coded else x)
-    elif isinstance(x, torch.Tensor):
-        x = x.detach().cpu()
-        x = (x.float() if x.is_floating_point() else x).numpy()  # numpy has no bfloat16
-        if x.ndim == 3: x = x.transpose(1, 2, 0)
-    if not isinstance(x, np.ndarray) or x.ndim not in (2, 3) or x.dtype.kind not in 'buif': return None
-    if x.ndim == 3 and x.shape[-1] == 1: x = x[..., 0]
-    return x if x.ndim == 2 or x.shape[-1] in (3, 4) else None
-
-# %% ../../nbs/38_report.mistakes.ipynb #c47a9498
-def _item_image(dset, i):
-    "The image of item `i` for `imshow`: uint8, or from 0 to 1; TypeError where there is none"
-    try: o = dset[i][0]
-    except (LookupError, TypeError): o = None  # rows of a table
-    x = _array(o)
-    if x is None:
-        raise TypeError(f'item {i} is {type(o).__name__} {getattr(o, "shape", "")}, but must be an image (H, W), '
-                        '(H, W, 3) or a tensor (C, H, W); misclassified(learn) gives the mistakes as a table')
-    if x.dtype == np.uint8: return x
-    low, high = (0, 65535) if x.dtype == np.uint16 else (0, 1)
-    if x.min() < low or x.max() > high: low, high = x.min(), x.max()
-    return ((x.astype(np.float64) - low)/max(high - low, 1e-12)).clip(0, 1)
-
-# %% ../../nbs/38_report.mistakes.ipynb #3395b1d1
-# Inches: a place in the grid (at least so wide), an image (4 x 32 pixels at 100 dpi), the headline
-_cell, _side, _head, _size = (1.7, 1.74), 1.28, 0.4, 8.5
+# %% ../../nbs/38_report.mistakes.ipynb #0c8de16b
 def _title(o):
     "What is written above a mistake"
     return f'true: {label(o.true)}\npredicted: {label(o.predicted)} ({percent(o.prob)})'
-
-# %% ../../nbs/38_report.mistakes.ipynb #11d793e7
-def _width(texts, least=_cell[0]):
-    "Inches of a place in the grid: wide enough for the widest text, at least `least`"
-    fig = Figure(dpi=100)
-    renderer = FigureCanvasAgg(fig).get_renderer()  # without it, matplotlib begins a picture for each text
-    found = [fig.text(0, 0, t, fontsize=_size, parse_math=False) for t in texts]
-    pixels = [o.get_window_extent(renderer).width for o in found]
-    return max(least, math.ceil(1.08*max(pixels))/100 + 0.15)  # texts of fewer pixels are wider
-
-# %% ../../nbs/38_report.mistakes.ipynb #3e2cd53f
-def _headed(cols, rows, text, width=_cell[0]):
-    "An empty picture for `cols` x `rows` images with the headline `text`"
-    w, h = max(cols*width, 3.4), rows*_cell[1] + _head
-    fig = Picture(figsize=(w, h), dpi=100)
-    fig.text(0.5, 1 - 0.22/h, text, ha='center', va='center', fontsize=10)
-    return fig
-
-# %% ../../nbs/38_report.mistakes.ipynb #17828468
-def _add_image(fig, place, cols, width, x, title):
-    "Draw the image `x` under its `title` at `place`, counted row by row; every corner on a whole pixel"
-    w, h = fig.get_size_inches()
-    row, col = divmod(place, cols)
-    left = round(100*((w - cols*width)/2 + col*width + (width - _side)/2))/100
-    low = round(100*(h - _head - (row + 1)*_cell[1]))/100 + 0.08
-    ax = fig.add_axes([left/w, low/h, _side/w, _side/h])
-    fine = max(x.shape[:2]) > 100*_side  # more pixels than the picture has for it
-    white = 255 if x.dtype == np.uint8 else 1
-    ax.imshow(x, 'gray', vmin=0, vmax=white, interpolation='antialiased' if fine else 'nearest')
-    ax.set_title(title, fontsize=_size, y=1, pad=3, linespacing=1.1, parse_math=False)
-    ax.set_anchor('N')  # what is wider than high stays under its title
-    ax.set_axis_off()
-
-# %% ../../nbs/38_report.mistakes.ipynb #d10e7634
-def _draw_grid(dset, idx, titles, text):
-    "The images of the items `idx` of `dset` under their `titles`, with the headline `text`"
-    cols, width = math.ceil(math.sqrt(len(titles))), _width(titles)
-    fig = _headed(cols, math.ceil(len(titles)/cols), text, width)
-    for place, (i, title) in enumerate(zip(idx, titles)):
-        _add_image(fig, place, cols, width, _item_image(dset, i), title)
-    return fig
 
 # %% ../../nbs/38_report.mistakes.ipynb #bc405563
 def plot_misclassified(
@@ -139,8 +65,8 @@ def plot_misclassified(
     check_number('n', n, COUNT, int)
     df = misclassified(learn, ds_idx)
     dset = learn.dls[ds_idx].dataset
-    if df.empty: return save_picture(_headed(2, 0, f'None of {len(dset):,} images is misclassified'), path)
     top = df.head(n)
     titles = [_title(o) for o in top.itertuples(index=False)]
-    fig = _draw_grid(dset, top['index'], titles, f'{len(top):,} of {len(df):,} mistakes, the surest first')
-    return save_picture(fig, path)
+    headline = f'{len(top):,} of {len(df):,} mistakes, the surest first'
+    if df.empty: headline = f'None of {len(dset):,} images is misclassified'
+    return save_picture(image_grid(dset, top['index'], titles, headline), path)

@@ -21,7 +21,7 @@ from matplotlib.figure import Figure
 
 from .intervals import deviations, wilson
 from .labels import label
-from .outputs import _check_targets, whole_set
+from .outputs import check_class_targets, whole_set
 from .plots import new_axes
 
 # %% ../../nbs/39_report.robustness.ipynb #c237fca3
@@ -59,7 +59,7 @@ class _Batches:
 def _of_learner(learn, dl):
     "A function of images to logits, and the batches of `dl`, by default of the validation items"
     with whole_set(learn, 1, dl) as plain, learn.no_bar():
-        _check_targets(learn, plain, 'robustness')
+        check_class_targets(learn, plain, 'robustness')
         batches = _Batches(plain)
         yield lambda x: learn.get_preds(dl=[batches.inputs(x)], act=noop)[0], batches
 

@@ -14,7 +14,7 @@ from ..core.checks import check_choice
 from .intervals import Share, deviations, wilson
 from .labels import label, name_ticks
 from .outputs import Outputs, check_outputs
-from .plots import _blue, _grey, _orange, new_axes
+from .plots import Colours, new_axes
 
 # %% ../../nbs/39_report.scores.ipynb #8c328b23
 def accuracy_of(
@@ -60,11 +60,11 @@ def plot_class_scores(
     ax = new_axes(ax, (6, min(1.1 + 0.2*len(df), 40)))
     n = df['support' if score == 'recall' else 'predicted']
     low, high = wilson(df.right, n, level)
-    ax.barh(df.index, df[score], color=_blue, alpha=0.55, height=0.75)
-    ax.hlines(df.index[n > 0], low[n > 0], high[n > 0], color=_grey, lw=1.6)
+    ax.barh(df.index, df[score], color=Colours.blue, alpha=0.55, height=0.75)
+    ax.hlines(df.index[n > 0], low[n > 0], high[n > 0], color=Colours.grey, lw=1.6)
     missing = 'no items' if score == 'recall' else 'never predicted'
     for i in df.index[n == 0]: ax.text(0.01, i, missing, va='center', fontsize=8)
-    ax.axvline(df[score].mean(), color=_orange, ls='--', lw=1.4, label=f'mean: {df[score].mean():.1%}')
+    ax.axvline(df[score].mean(), color=Colours.orange, ls='--', lw=1.4, label=f'mean: {df[score].mean():.1%}')
     _name_bars(ax, df, n, f'{score}, with {100*level:g}% intervals')
     return ax.figure.canvas.figure
 

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .outputs import Outputs, check_outputs
-from .plots import _blue, _grey, _orange, new_axes
+from .plots import Colours, new_axes
 
 # %% ../../nbs/39_report.several.ipynb #574b46d4
 class SetScores(NamedTuple):
@@ -83,11 +83,12 @@ def plot_thresholds(
     "Micro precision, recall and F1, and macro F1, by threshold"
     df = threshold_scores(outputs)
     ax = new_axes(ax, (5.5, 4))
-    lines = dict(precision=(_blue, '-'), recall=(_orange, '-'), f1_micro=(_grey, '-'), f1_macro=(_grey, '--'))
+    lines = dict(precision=(Colours.blue, '-'), recall=(Colours.orange, '-'), f1_micro=(Colours.grey, '-'),
+                 f1_macro=(Colours.grey, '--'))
     for nm, (c, style) in lines.items():
         ax.plot(df.threshold, df[nm], style, color=c, lw=1.6, label=nm.replace('f1_', 'F1, '))
     best = df.loc[df.f1_micro.idxmax()]
-    ax.plot(best.threshold, best.f1_micro, 'o', color=_grey, ms=6)
+    ax.plot(best.threshold, best.f1_micro, 'o', color=Colours.grey, ms=6)
     low = df[[*lines]].min(axis=None)
     bottom = min(max(0, low - (1 - low)/2), 0.9)  # high curves are seen apart, with place for the legend below them
     ax.set(xlabel='threshold', xlim=(0, 1), ylim=(bottom, 1.02))

@@ -7,7 +7,6 @@ __all__ = ['Summary', 'summary']
 
 # %% ../../nbs/36_report.summary.ipynb #8b10fc6f
 from collections.abc import Mapping
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from numbers import Integral
@@ -19,14 +18,11 @@ from fastai.learner import Learner
 from fastai.torch_core import to_device
 from fastcore.basics import first
 from torch import nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.parameter import is_lazy
 from torch.utils import data
 
-from ..core.generators import random_kept
-from ..core.kept import kept
-from .trace import Trace, tensors_in
+from ..core.kept import eval_mode, kept
+from .trace import tensors_in, trace_of
 
 # %% ../../nbs/36_report.summary.ipynb #2129c522
 def _text(row):
@@ -69,20 +65,6 @@ class Summary:
         elsewhere = self.params - sum(r.params for r in self.rows)
         if elsewhere: lines.append(f'{elsewhere:,} parameters belong to no row: their modules were not called')
         return '\n'.join(lines)
-
-# %% ../../nbs/36_report.summary.ipynb #86c2bb18
-@contextmanager
-def _eval_mode(model):
-    "`model` in `eval` mode; afterwards its modules, buffers and the random state are as before"
-    modes = [(m, m.training) for m in model.modules()]
-    buffers = [(b, b._version, b.clone()) for b in model.buffers() if not b.is_inference()]
-    with random_kept(), torch.no_grad():
-        try:
-            with kept(model.modules()): yield model.eval()
-        finally:
-            for m, training in modes: m.training = training  # a scripted module has its mode elsewhere
-            for b, version, old in buffers:
-                if b._version != version: b.copy_(old)
 
 # %% ../../nbs/36_report.summary.ipynb #748b45fa
 def _zeros(input_size, like):
@@ -139,17 +121,6 @@ def _inputs(model, input_size, input_data):
     given = _arguments(input_data)
     return given if all(t.device == like.device for t in tensors_in(given)) else to_device(given, like.device)
 
-# %% ../../nbs/36_report.summary.ipynb #eb6c7869
-def _trace(model, xs, args, kwargs):
-    "The trace of `model(*args, **kwargs)`"
-    trace = Trace(model, xs)
-    with ExitStack() as stack:
-        stack.callback(register_module_forward_pre_hook(trace.enter).remove)
-        stack.callback(register_module_forward_hook(trace.leave).remove)
-        for ctx in (trace.counter, sdpa_kernel(SDPBackend.MATH), trace): stack.enter_context(ctx)
-        model(*args, **kwargs)
-    return trace
-
 # %% ../../nbs/36_report.summary.ipynb #5635aa7f
 def summary(
     model:nn.Module|Learner, # Any module, or a Learner, whose model and data are taken
@@ -162,11 +133,11 @@ def summary(
         if input_size is None and input_data is None: input_data = model.dls
         model = model.model
     _check(model)
-    with _eval_mode(model):
+    with eval_mode(model):
         args, kwargs = _inputs(model, input_size, input_data)
         xs = tensors_in([args, kwargs])
         if not xs: raise ValueError('input_data has no tensor: give the inputs of the model')
-        trace = _trace(model, xs, args, kwargs)
+        trace = trace_of(model, xs, args, kwargs)
     ps = list(model.parameters())
     return Summary(tuple(trace.rows), sum(p.numel() for p in ps), sum(p.numel() for p in ps if p.requires_grad),
                    sum(x.nbytes for x in xs), 2*trace.act_bytes, sum(p.nbytes for p in ps))

@@ -23,7 +23,8 @@ from fastcore.basics import patch
 from ..augment.keyed import KeyedDL
 from ..augment.keys import item_seed, seed_global
 from ..core.ranks import n_ranks, this_rank
-from .parallel import DataParallel, RankMetrics, same_start
+from .parallel import DataParallel
+from .rank_metrics import RankMetrics, same_start
 from .sync_norm import synced_norms
 from .watch import Watch
 
