@@ -30,6 +30,8 @@ from s9_fastai.app.recipe import get_recipe
 from s9_fastai.resume.learner import SkipTo
 from s9_fastai.resume.saved import ResumeError, Place, newest_checkpoint
 from s9_fastai.core.signals import Stopped
+from s9_fastai.training.ema import EMA
+from s9_fastai.training.record import EpochRecorder, RunLog
 from s9_fastai.test_utils import quiet, synth_cifar, synth_dls, synth_learner
 
 root = Path(__file__).resolve().parent.parent
@@ -429,3 +431,25 @@ def test_a_signal_ends_the_command_in_good_order(tmp_path, num, code, workers):
     err = done.stderr
     assert done.returncode == code and err.count('\n') == 1 and err.startswith(f's9_train: stopped by {num}, saved in '), err
     assert err.endswith(f's9_train --resume {tmp_path/"run"}\n') and newest_checkpoint(tmp_path/'run')[0]['done'] is False
+
+
+def fit_around(folder, between=None):
+    "Weights and rows of a fit of two epochs; before it and after it, `between` of the Learner is called"
+    set_seed(0)
+    learn = quiet(synth_learner(cbs=[EpochRecorder(), EMA(0.2), RunLog(folder), Checkpoint(folder)]))
+    if between: getattr(learn, between)()
+    learn.fit(2)
+    rows, files = [[*row] for row in learn.recorder.values], {p: p.stat().st_mtime_ns for p in folder.rglob('*') if p.is_file()}
+    weights = [p.detach().clone() for p in learn.model.parameters()]
+    if between: getattr(learn, between)()
+    assert files == {p: p.stat().st_mtime_ns for p in folder.rglob('*') if p.is_file()}
+    return weights, [row[:-1] for row in rows], learn
+
+
+@pytest.mark.parametrize('between', ['summary', 'tta', 'validate', 'get_preds'])
+def test_other_calls_are_no_part_of_a_run(tmp_path, between):
+    "They have the events of a fit, before there is an optimizer and after a run is complete"
+    weights, rows, _ = fit_around(tmp_path/'alone')
+    again, rows_again, learn = fit_around(tmp_path/'beside', between)
+    assert all(map(torch.equal, again, learn.model.parameters())) and len(rows) == len(rows_again) == 2
+    if between in ('validate', 'get_preds'): assert all(map(torch.equal, weights, again)) and rows == rows_again  # the others draw training batches
