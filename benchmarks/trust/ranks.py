@@ -7,7 +7,9 @@ import socket
 import sys
 from pathlib import Path
 from statistics import mean, stdev
+from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastai.torch_core import set_seed
@@ -18,7 +20,6 @@ from s9_fastai.app.learner import s9_learner
 from s9_fastai.app.recipe import get_recipe
 from s9_fastai.augment.keyed import make_keyed
 from s9_fastai.cifar.loaders import cifar_dls
-from s9_fastai.core.ranks import this_rank
 from s9_fastai.training import distributed  # noqa: F401 (learn.distributed)
 
 
@@ -41,29 +42,29 @@ def fit(seed, epochs, norm, dropout, exact=False, sync_norm=False):
     return learn
 
 
-def work(rank, n, port, threads, answers, kwargs):
-    "The life of a process: rank 0 puts the weights and the last validation into `answers`"
+def work(rank, n, port, threads, file, kwargs):
+    "The life of a process: rank 0 writes the weights and the last validation"
     torch.set_num_threads(threads)
     if n > 1: os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n), MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port))
     learn = fit(**kwargs)
-    if this_rank(): return
+    if rank: return
     weights = torch.cat([p.detach().double().flatten() for p in learn.model.parameters()])
     last = dict(zip(learn.recorder.metric_names[1:], learn.recorder.values[-1]))
-    answers.put((weights.numpy(), float(last['valid_loss']), float(last['valid_accuracy'])))
+    np.savez(file, weights=weights.numpy(), ends=[float(last[k]) for k in ('valid_loss', 'valid_accuracy')])
 
 
 def run(n, threads=1, **kwargs):
-    "Weights, validation loss and accuracy of a run on `n` processes"
+    "The weights of a run on `n` processes, and its last validation loss and accuracy"
     with socket.socket() as s:
         s.bind(('127.0.0.1', 0))
         port = s.getsockname()[1]
     ctx = multiprocessing.get_context('spawn')
-    answers = ctx.SimpleQueue()
-    group = [ctx.Process(target=work, args=(r, n, port, threads, answers, kwargs)) for r in range(n)]
-    for p in group: p.start()
-    for p in group: p.join()
-    if any(p.exitcode for p in group): raise RuntimeError(f'a process has failed: {[p.exitcode for p in group]}')
-    return answers.get()
+    with TemporaryDirectory() as tmp:
+        group = [ctx.Process(target=work, args=(r, n, port, threads, f'{tmp}/ends.npz', kwargs)) for r in range(n)]
+        for p in group: p.start()
+        for p in group: p.join()
+        if any(p.exitcode for p in group): raise RuntimeError(f'a process has failed: {[p.exitcode for p in group]}')
+        with np.load(f'{tmp}/ends.npz') as found: return found['weights'], found['ends'].tolist()
 
 
 def weights_apart(args):
@@ -72,7 +73,7 @@ def weights_apart(args):
              for kind in ('float64', 'float32') for norm in ('gn', 'bn')}
     rows = []
     for nm, case in cases.items():
-        seed, whole, found = args.seeds[0], {}, {}
+        seed, found = args.seeds[0], {}
         whole = run(1, seed=seed, epochs=1, **case)[0]
         found[f'{nm}, 2 processes'] = run(2, seed=seed, epochs=1, **case)[0]
         found[f'{nm}, 1 process with 2 threads'] = run(1, 2, seed=seed, epochs=1, **case)[0]
@@ -85,7 +86,7 @@ def with_dropout(args):
     "Rows: validation after `--epochs` epochs, with a value for each seed"
     case, rows = dict(norm='bn', dropout=args.dropout), []
     for n in (1, 2):
-        ends = [run(n, seed=s, epochs=args.epochs, **case)[1:] for s in args.seeds]
+        ends = [run(n, seed=s, epochs=args.epochs, **case)[1] for s in args.seeds]
         settings = dict(case, processes=n, seeds=args.seeds, epochs=args.epochs)
         for nm, values in zip(('validation loss', 'validation accuracy'), zip(*ends)):
             rows.append(make_line(f'dropout {args.dropout}, {n} process{"es"*(n > 1)}', nm, '', [*values], settings))
