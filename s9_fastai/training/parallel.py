@@ -31,7 +31,7 @@ class _Spared(nn.Module):
     "A model, and a parameter that nothing uses"
     def __init__(self, model):
         super().__init__()
-        self.model, self.spare = model, nn.Parameter(next(model.parameters()).detach().new_zeros(1))
+        self.model, self.spare = model, nn.Parameter(torch.zeros(1, dtype=next(model.parameters()).dtype))
 
     def forward(self, *args, **kwargs): return self.model(*args, **kwargs)
 
